@@ -1,0 +1,1 @@
+"""One module for each kernel interface: typed, thin, without policy."""

@@ -1,0 +1,47 @@
+"""The C library as the kernel bindings use it: prototypes with errno turned into OSError."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from typing import Any
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def _raise_errno(result: int, function: Any, _arguments: tuple[Any, ...]) -> int:
+    if result == -1:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{function.__name__}: {os.strerror(number)}")
+    return result
+
+
+def function(name: str, argtypes: Sequence[Any], restype: Any = ctypes.c_int) -> Any:
+    """A libc function that raises OSError where it returns -1.
+
+    The interpreter lock is released during the call.
+    """
+    entry = getattr(_LIBC, name)
+    entry.argtypes = list(argtypes)
+    entry.restype = restype
+    entry.errcheck = _raise_errno
+    return entry
+
+
+_SYSCALL = _LIBC.syscall
+_SYSCALL.restype = ctypes.c_long
+
+
+def syscall(number: int, name: str, *arguments: int | ctypes._Pointer[Any] | None) -> int:
+    """A system call that libc has no wrapper for; integers are passed as longs.
+
+    Raises:
+        OSError: the call failed; ENOSYS where the kernel does not have it.
+    """
+    words = [ctypes.c_long(a) if isinstance(a, int) else a for a in arguments]
+    result: int = _SYSCALL(ctypes.c_long(number), *words)
+    if result == -1:
+        error = ctypes.get_errno()
+        raise OSError(error, f"{name}: {os.strerror(error)}")
+    return result

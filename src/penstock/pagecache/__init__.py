@@ -1,0 +1,1 @@
+"""The programmable page cache: policies decide, the runtime carries out what the machine allows."""

@@ -1,0 +1,1 @@
+"""What ships for tests and benchmarks: checkpoints with real shapes and random weights."""
