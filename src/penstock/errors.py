@@ -9,7 +9,8 @@
     │   ├── TemplateFormatError     damaged, or written by another version
     │   └── TemplateStaleError      the model's files are not the recorded ones
     ├── PolicyError             a policy raised, returned nonsense or could not be imported
-    └── ObserverError           an observer could not start or lost its source
+    ├── ObserverError           an observer could not start or lost its source
+    └── ReportError             a run's report is damaged or of another version
 
 Messages name the path, the offset where there is one, what was wanted, what was found and what to do.
 Errors of the operating system stay OSError where the caller asked for that very call.
@@ -48,3 +49,7 @@ class PolicyError(PenstockError):
 
 class ObserverError(PenstockError):
     """An observer could not be started, or lost what it observes."""
+
+
+class ReportError(PenstockError):
+    """A report file is damaged, incomplete, or of a version this penstock does not read."""

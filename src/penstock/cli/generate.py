@@ -10,7 +10,7 @@ import click
 from penstock.errors import PenstockError
 from penstock.units import format_size, parse_size
 
-# The names in testing.checkpoint.PRESETS, repeated so that --help does not import numpy; a test compares.
+# The names in testing.shapes.PRESETS, repeated so that --help imports nothing of testing; a test compares.
 PRESET_NAMES = (
     "tiny-llama",
     "llama-3.2-1b",
@@ -73,9 +73,7 @@ Examples:
     show_default=True,
     help="GGUF is one file, DIR/PRESET-BF16.gguf.",
 )
-@click.option(
-    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Same seed, same bytes."
-)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Same seed, same bytes.")
 @click.option("--overwrite", is_flag=True, help="Replace the checkpoint that is there.")
 def generate(
     directory: Path,
@@ -94,14 +92,14 @@ def generate(
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-    from penstock.testing import checkpoint
+    from penstock.testing import checkpoint, gguf, shapes
 
     if file_format == "gguf" and shard_bytes is not None:
         raise click.UsageError("--shard-size is for safetensors; a GGUF is one file")
-    shape = checkpoint.PRESETS[preset]
+    shape = shapes.PRESETS[preset]
     if size_bytes is not None:
-        shape = checkpoint.scaled(shape, size_bytes)
-        if shape.vocab_size < checkpoint.PRESETS[preset].vocab_size:
+        shape = shapes.scaled(shape, size_bytes)
+        if shape.vocab_size < shapes.PRESETS[preset].vocab_size:
             click.echo(
                 f"One layer and the embeddings of {preset} are more than {format_size(size_bytes)}: "
                 f"the vocabulary is cut to {shape.vocab_size} tokens.",
@@ -112,7 +110,7 @@ def generate(
     try:
         start_s = time.perf_counter()
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-            task = bar.add_task("", total=checkpoint.weight_bytes(shape))
+            task = bar.add_task("", total=shapes.weight_bytes(shape))
 
             def advance(written_bytes: int) -> None:
                 bar.advance(task, written_bytes)
@@ -129,13 +127,11 @@ def generate(
                 target = directory
             else:
                 target = directory / f"{preset}-BF16.gguf"
-                files = [
-                    checkpoint.generate_gguf(target, shape, seed=seed, overwrite=overwrite, progress=advance)
-                ]
+                files = [gguf.generate_gguf(target, shape, seed=seed, overwrite=overwrite, progress=advance)]
         elapsed_s = time.perf_counter() - start_s
     except (PenstockError, OSError) as error:
         raise click.ClickException(str(error)) from error
-    specs = checkpoint.tensors(shape) if file_format == "safetensors" else checkpoint.gguf_tensors(shape)
+    specs = shapes.tensors(shape) if file_format == "safetensors" else gguf.gguf_tensors(shape)
     total_bytes = sum(file.stat().st_size for file in files)
     click.echo(
         f"{target}: {len(specs)} tensors, {len(files)} {'shard' if len(files) == 1 else 'shards'}, "

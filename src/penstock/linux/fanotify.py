@@ -40,9 +40,7 @@ _EVENT = struct.Struct("=IBBHQii")  # struct fanotify_event_metadata
 _INFO = struct.Struct("=BBHQIi")  # struct fanotify_event_info_fid: header, fsid, handle_bytes, handle_type
 
 _init = function("fanotify_init", [ctypes.c_uint, ctypes.c_uint])
-_mark = function(
-    "fanotify_mark", [ctypes.c_int, ctypes.c_uint, ctypes.c_uint64, ctypes.c_int, ctypes.c_char_p]
-)
+_mark = function("fanotify_mark", [ctypes.c_int, ctypes.c_uint, ctypes.c_uint64, ctypes.c_int, ctypes.c_char_p])
 _name_to_handle_at = function(
     "name_to_handle_at",
     [ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, ctypes.POINTER(ctypes.c_int), ctypes.c_int],
@@ -186,9 +184,7 @@ def _group() -> tuple[int, Literal["fd", "fid"]]:
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOSYS):
             raise
-    with _unsupported(
-        "fanotify is not available; Linux 5.13 has it for everyone, unless a container filters it"
-    ):
+    with _unsupported("fanotify is not available; Linux 5.13 has it for everyone, unless a container filters it"):
         return _init(flags | _FAN_REPORT_FID, 0), "fid"
 
 

@@ -57,9 +57,7 @@ class _CachestatRange(ctypes.Structure):
 
 
 class _Cachestat(ctypes.Structure):
-    _fields_ = tuple(
-        (name, ctypes.c_uint64) for name in ("cache", "dirty", "writeback", "evicted", "recently_evicted")
-    )
+    _fields_ = tuple((name, ctypes.c_uint64) for name in ("cache", "dirty", "writeback", "evicted", "recently_evicted"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +81,7 @@ def cachestat(fd: int, start: int, stop: int) -> CacheStat:
     if stop > start:  # a length of 0 would mean "to the end of the file"
         span = _CachestatRange(start, stop - start)
         syscall(_NR_CACHESTAT, "cachestat", fd, ctypes.pointer(span), ctypes.pointer(counts), 0)
-    return CacheStat(
-        counts.cache, counts.dirty, counts.writeback, counts.evicted, counts.recently_evicted
-    )
+    return CacheStat(counts.cache, counts.dirty, counts.writeback, counts.evicted, counts.recently_evicted)
 
 
 def mincore(fd: int, start: int, stop: int) -> NDArray[np.bool_]:
@@ -268,9 +264,7 @@ def page_out(pidfd: int, ranges: Sequence[tuple[int, int]]) -> None:
         batch = ranges[first : first + _IOV_MAX]
         vectors = np.array([(start, stop - start) for start, stop in batch], np.uint64)
         pointer = ctypes.cast(vectors.ctypes.data, ctypes.POINTER(ctypes.c_uint64))
-        syscall(
-            _NR_PROCESS_MADVISE, "process_madvise", pidfd, pointer, len(batch), _MADV_PAGEOUT, 0
-        )
+        syscall(_NR_PROCESS_MADVISE, "process_madvise", pidfd, pointer, len(batch), _MADV_PAGEOUT, 0)
 
 
 @dataclass(frozen=True, slots=True)

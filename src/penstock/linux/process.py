@@ -374,9 +374,7 @@ class _ScanArgument(ctypes.Structure):
     ]
 
 
-_PAGEMAP_SCAN = (
-    3 << 30 | ctypes.sizeof(_ScanArgument) << 16 | ord("f") << 8 | 16
-)  # _IOWR('f', 16, pm_scan_arg)
+_PAGEMAP_SCAN = 3 << 30 | ctypes.sizeof(_ScanArgument) << 16 | ord("f") << 8 | 16  # _IOWR('f', 16, pm_scan_arg)
 _PAGE_IS_PRESENT = 1 << 3
 _REGIONS = 1024  # regions a call; chosen without measurement
 _WORDS = 1 << 16  # pages a read: 512 KiB of words; chosen without measurement
@@ -411,9 +409,7 @@ def _open(pid: int, name: str) -> int:
 def _refusal(pid: int, path: str, error: PermissionError) -> OSError:
     if state_of(pid) in _GONE_STATES:
         return _gone(pid)
-    return PermissionError(
-        error.errno, "another user's process, or one that is not dumpable; run as root", path
-    )
+    return PermissionError(error.errno, "another user's process, or one that is not dumpable; run as root", path)
 
 
 def state_of(pid: int) -> str:

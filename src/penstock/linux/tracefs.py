@@ -23,19 +23,16 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import mmap
 import os
 import re
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from penstock.errors import UnsupportedError
 from penstock.linux.libc import syscall
-from penstock.linux.pagecache import PAGE_BYTES
 
 INSTANCE_PREFIX = "penstock-"
 
@@ -44,7 +41,7 @@ _FSCONFIG_CMD_CREATE = 6
 _FSOPEN_CLOEXEC = _FSMOUNT_CLOEXEC = 1
 _KNOWN_MOUNTS = ("/sys/kernel/tracing", "/sys/kernel/debug/tracing")
 
-_PADDING, _TIME_EXTEND, _TIME_STAMP = 29, 30, 31
+PADDING, TIME_EXTEND, TIME_STAMP = 29, 30, 31  # event types that carry no record
 _COMMIT_MASK = (1 << 20) - 1
 _MISSED_EVENTS = 1 << 31
 _DEFAULT_RING_KIB = 1408  # what the kernel gives a CPU of a new instance: 32,000 events of 44 bytes
@@ -56,18 +53,7 @@ MAP = "mm_filemap_map_pages"
 ADD = "mm_filemap_add_to_page_cache"
 ACCESS_EVENTS = (READ, FAULT, MAP)
 
-EVENT_DTYPE = np.dtype(
-    [
-        ("time_ns", np.int64),  # of the kernel's local trace clock: for ordering only
-        ("thread", np.int32),
-        ("kind", np.int32),  # index into the events an instance was opened with
-        ("device", np.int64),  # as os.makedev counts
-        ("inode", np.uint64),
-        ("start", np.int64),  # bytes, half-open
-        ("stop", np.int64),
-    ]
-)
-Events = NDArray[np.void]  # of EVENT_DTYPE, [events]
+Page = tuple[bytes, bytes]  # of a ring: header (time stamp, commit) and the events' bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +87,7 @@ def parse_format(text: str) -> Format:
         )
     fields = {
         match[1]: Field(int(match[2]), int(match[3]))
-        for match in re.finditer(
-            r"field:[^;]*?(\w+)(?:\[\d*\])?;\s*offset:(\d+);\s*size:(\d+);", text
-        )
+        for match in re.finditer(r"field:[^;]*?(\w+)(?:\[\d*\])?;\s*offset:(\d+);\s*size:(\d+);", text)
     }
     return Format(name[1], int(identifier[1]), fields)
 
@@ -223,11 +207,11 @@ class Instance:
         self._tracefs = tracefs
         self.name = instance_name(os.getpid())
         self._path = f"instances/{self.name}"
-        self._events = tuple(events)
+        self.events = tuple(events)
         self._rings: list[int] = []
         self.missed_pages = 0  # ring-buffer pages that were overwritten before they were read
         try:
-            self._formats = [parse_format(tracefs.read(f"events/filemap/{name}/format")) for name in events]
+            self.formats = [parse_format(tracefs.read(f"events/filemap/{name}/format")) for name in events]
         except FileNotFoundError as error:
             raise UnsupportedError(f"this kernel lacks a page-cache tracepoint: {error.filename}") from error
         os.mkdir(self._path, dir_fd=tracefs.fd)
@@ -244,15 +228,11 @@ class Instance:
         if pid is not None:
             self._write("options/event-fork", "1")
             self._write("set_event_pid", str(pid))
-        per_cpu = os.open(
-            f"{self._path}/per_cpu", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._tracefs.fd
-        )
+        per_cpu = os.open(f"{self._path}/per_cpu", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._tracefs.fd)
         try:
             for cpu in sorted(os.listdir(per_cpu)):
                 self._rings.append(
-                    os.open(
-                        f"{cpu}/trace_pipe_raw", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=per_cpu
-                    )
+                    os.open(f"{cpu}/trace_pipe_raw", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=per_cpu)
                 )
         finally:
             os.close(per_cpu)
@@ -260,11 +240,9 @@ class Instance:
 
     def _check_pid_namespace(self) -> None:
         self._write("trace_marker", "penstock")
-        for header, data in self._pages():
-            del header
-            # Any event starts with common_type, flags, preempt count and then the writer's pid.
-            pids = {struct.unpack_from("<i", record, 4)[0] for record in _records(data)}
-            if os.getpid() in pids:
+        for _, data in self._pages():  # nothing else is recorded yet
+            # A record starts with the event's type, flags and preempt count, and then the writer's pid.
+            if any(struct.unpack_from("<i", record, 4)[0] == os.getpid() for record in records(data)):
                 return
         raise UnsupportedError(
             "tracefs numbers processes of another pid namespace; start the container in the host's to use it"
@@ -275,33 +253,27 @@ class Instance:
 
     def watch(self, files: Iterable[tuple[int, int]]) -> None:
         """Record only these files, given as (device, inode); an empty list records every file."""
-        clauses = [
-            f"(s_dev == {_kernel_device(device)} && i_ino == {inode})" for device, inode in files
-        ]
+        clauses = [f"(s_dev == {_kernel_device(device)} && i_ino == {inode})" for device, inode in files]
         text = " || ".join(clauses)
         if len(text) > 4000 or not text:  # the kernel takes one page; the reader sorts out the rest
             text = "0"
-        for name in self._events:
+        for name in self.events:
             self._write(f"events/filemap/{name}/filter", text)
 
     def start(self) -> None:
         """Switch the tracepoints on."""
-        for name in self._events:
+        for name in self.events:
             self._write(f"events/filemap/{name}/enable", "1")
 
-    def read(self) -> Events:
-        """All events since the last call, over all CPUs, in the order of their times."""
-        pages = list(self._pages())
-        if not pages:
-            return np.zeros(0, EVENT_DTYPE)
-        events = decode_pages(pages, self._formats)
-        return events[np.argsort(events["time_ns"], kind="stable")]
+    def read_pages(self) -> list[Page]:
+        """The ring-buffer pages of all CPUs that were written since the last call: see `ringbuffer`."""
+        return list(self._pages())
 
-    def _pages(self) -> Iterable[tuple[bytes, bytes]]:
+    def _pages(self) -> Iterator[Page]:
         for ring in self._rings:
             while True:
                 try:
-                    page = os.read(ring, PAGE_BYTES)
+                    page = os.read(ring, mmap.PAGESIZE)
                 except BlockingIOError:
                     break
                 if len(page) < 16:
@@ -311,11 +283,15 @@ class Instance:
                     self.missed_pages += 1
                 yield page[:16], page[16 : 16 + (commit & _COMMIT_MASK)]
 
-    def close(self) -> None:
-        """Stop recording and remove the instance."""
+    def detach(self) -> None:
+        """Stop reading and leave the instance to `janitor`: removing one takes the kernel 0.1 s."""
         for ring in self._rings:
             os.close(ring)
         self._rings = []
+
+    def close(self) -> None:
+        """Stop recording and remove the instance."""
+        self.detach()
         with contextlib.suppress(FileNotFoundError):
             os.rmdir(self._path, dir_fd=self._tracefs.fd)
 
@@ -330,16 +306,16 @@ def _kernel_device(device: int) -> int:
     return os.major(device) << 20 | os.minor(device)
 
 
-def _records(data: bytes) -> Iterable[bytes]:
-    """The records of one page, one by one: for a handful of events, and the oracle of `decode_pages`."""
+def records(data: bytes) -> Iterator[bytes]:
+    """The records of one page, one by one: for a handful of events; `ringbuffer` decodes many at once."""
     position = 0
     while position + 4 <= len(data):
         header = struct.unpack_from("<I", data, position)[0]
         kind = header & 31
-        if kind in (_TIME_EXTEND, _TIME_STAMP):
+        if kind in (TIME_EXTEND, TIME_STAMP):
             position += 8
-        elif kind == _PADDING or kind == 0:
-            if kind == _PADDING and header >> 5 == 0:
+        elif kind == PADDING or kind == 0:
+            if kind == PADDING and header >> 5 == 0:
                 return
             length = struct.unpack_from("<I", data, position + 4)[0]
             if kind == 0:
@@ -350,96 +326,37 @@ def _records(data: bytes) -> Iterable[bytes]:
             position += 4 + 4 * kind
 
 
-def decode_pages(pages: Sequence[tuple[bytes, bytes]], formats: Sequence[Format]) -> Events:
-    """Decode ring-buffer pages (header, data) of CPUs in any order into events.
+def follow(pid: int, announce: Callable[[str], None] | None = None) -> Instance:
+    """Record a process tree's page-cache accesses from now on, in an own instance.
 
-    All pages are walked in step, one event of each at a time, so that the work in Python grows with the
-    events of the fullest page and not with the number of pages.
+    Where the kernel lacks the access tracepoints (before 6.9), what is added to the page cache is recorded
+    instead: misses only.
+
+    Args:
+        pid: the root of the tree.
+        announce: told the instance's name before it is made, so that someone can remove it if we are killed.
+
+    Raises:
+        UnsupportedError: no tracefs, no tracepoints, or another pid namespace.
+        OSError: the kernel refused a step.
     """
-    words_per_page = max(len(data) for _, data in pages) // 4 + 16  # room to gather a record at the end
-    words = np.zeros((len(pages), words_per_page), np.uint32)
-    ends = np.zeros(len(pages), np.int64)
-    clock = np.zeros(len(pages), np.int64)
-    for number, (page_header, data) in enumerate(pages):
-        length = len(data) // 4
-        words[number, :length] = np.frombuffer(data, np.uint32, length)
-        ends[number] = length
-        clock[number] = struct.unpack_from("<Q", page_header)[0]
-
-    rows = np.flatnonzero(ends > 0)
-    position = np.zeros(len(pages), np.int64)
-    found_rows, found_words, found_times = [], [], []
-    while len(rows):
-        at = position[rows]
-        header = words[rows, at].astype(np.int64)
-        kind, delta = header & 31, header >> 5
-        following = words[rows, at + 1].astype(np.int64)
-        extend, stamp = kind == _TIME_EXTEND, kind == _TIME_STAMP
-        stretched = (following << 27) + delta
-        # An absolute stamp holds 59 bits; the rest are those of the page's own time.
-        clock[rows] = np.where(
-            stamp, stretched | (clock[rows] & (0xF << 59)), clock[rows] + np.where(extend, stretched, delta)
-        )
-        is_data = (kind <= 28) & ~((kind == 0) & (following == 0))
-        found_rows.append(rows[is_data])
-        found_words.append(at[is_data] + 1 + (kind[is_data] == 0))
-        found_times.append(clock[rows][is_data])
-        counted = (kind == 0) | (kind == _PADDING)
-        step = np.where(extend | stamp, 2, np.where(counted, 1 + (following + 3) // 4, 1 + kind))
-        over = ((kind == _PADDING) & (delta == 0)) | ((kind == 0) & (following == 0))
-        position[rows] = at + step
-        rows = rows[~over & (position[rows] < ends[rows])]
-
-    row = np.concatenate(found_rows) if found_rows else np.zeros(0, np.int64)
-    word = np.concatenate(found_words) if found_words else np.zeros(0, np.int64)
-    time_ns = np.concatenate(found_times) if found_times else np.zeros(0, np.int64)
-    kinds = words[row, word] & 0xFFFF  # common_type
-    parts = []
-    for index, layout in enumerate(formats):
-        chosen = np.flatnonzero(kinds == layout.identifier)
-        if len(chosen):
-            parts.append(_decode_records(words, row[chosen], word[chosen], time_ns[chosen], index, layout))
-    return np.concatenate(parts) if parts else np.zeros(0, EVENT_DTYPE)
-
-
-def _decode_records(
-    words: NDArray[np.uint32],
-    row: NDArray[np.int64],
-    word: NDArray[np.int64],
-    time_ns: NDArray[np.int64],
-    index: int,
-    layout: Format,
-) -> Events:
-    def values(name: str) -> NDArray[np.int64]:
-        field = layout.fields[name]
-        at = word + field.offset_bytes // 4
-        low = words[row, at].astype(np.uint64)
-        if field.size_bytes == 8:
-            low |= words[row, at + 1].astype(np.uint64) << np.uint64(32)
-        elif field.size_bytes == 1:
-            low = low >> np.uint64(8 * (field.offset_bytes % 4)) & np.uint64(0xFF)
-        return low.astype(np.int64)
-
-    events = np.zeros(len(row), EVENT_DTYPE)
-    events["time_ns"] = time_ns
-    events["thread"] = values("common_pid")
-    events["kind"] = index
-    device = values("s_dev")
-    events["device"] = _user_device(device)
-    events["inode"] = values("i_ino").astype(np.uint64)
-    start = values("index")
-    if "last_index" in layout.fields:
-        last = values("last_index")
-        stop = np.maximum(last, start) + 1
-    elif "order" in layout.fields:
-        stop = start + (np.int64(1) << values("order"))
-    else:
-        stop = start + 1
-    events["start"] = start * PAGE_BYTES
-    events["stop"] = stop * PAGE_BYTES
-    return events
-
-
-def _user_device(device: NDArray[np.int64]) -> NDArray[np.int64]:
-    major, minor = device >> 20, device & ((1 << 20) - 1)
-    return (minor & 0xFF) | (major & 0xFFF) << 8 | (minor & ~0xFF) << 12 | (major & ~0xFFF) << 32
+    tracefs = TraceFs()
+    try:
+        remove_stale_instances(tracefs)
+        events = tracefs.available_events(ACCESS_EVENTS)
+        if len(events) < len(ACCESS_EVENTS):
+            events = tracefs.available_events([ADD])
+        if not events:
+            raise UnsupportedError("this kernel has no page-cache tracepoints")
+        if announce is not None:
+            announce(instance_name(os.getpid()))
+        instance = Instance(tracefs, events, pid)
+        try:
+            instance.start()
+        except BaseException:
+            instance.close()
+            raise
+        return instance
+    except BaseException:
+        tracefs.close()
+        raise

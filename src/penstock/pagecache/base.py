@@ -91,6 +91,9 @@ class Policy:
     the program goes on with what the kernel does by itself.
     """
 
+    ignores_memory = False  # True: prefetch on whatever the memory there is (only `eager` wants that)
+    mismatch = ""  # set by a policy that finds its template wrong: why; the runtime then records a new one
+
     def start(self, context: Context) -> None:
         """The program is about to start."""
 

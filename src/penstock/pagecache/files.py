@@ -10,9 +10,29 @@ from penstock.pagecache.base import ModelFile
 from penstock.units import MiB
 
 _SUFFIXES = frozenset(
-    (".safetensors .gguf .ggml .bin .pt .pth .ckpt .npy .npz .h5 .msgpack .onnx .data .llamafile .distcp .mar"
-     " .engine .plan .tensors").split()
-)  # fmt: skip
+    f".{name}"
+    for name in [
+        "safetensors",
+        "gguf",
+        "ggml",
+        "bin",
+        "pt",
+        "pth",
+        "ckpt",
+        "npy",
+        "npz",
+        "h5",
+        "msgpack",
+        "onnx",
+        "data",
+        "llamafile",
+        "distcp",
+        "mar",
+        "engine",
+        "plan",
+        "tensors",
+    ]
+)
 _SMALLEST_WEIGHTS_BYTES = 256 * 1024
 _SMALLEST_UNKNOWN_BYTES = 64 * MiB
 
@@ -70,9 +90,7 @@ def models_in_command(command: Sequence[str], directory: str | os.PathLike[str] 
 def _holds_weights(directory: Path) -> bool:
     """Weights directly inside: a home directory named on a command line is not a model."""
     with os.scandir(directory) as entries:
-        return any(
-            entry.is_file() and looks_like_weights(entry.name, entry.stat().st_size) for entry in entries
-        )
+        return any(entry.is_file() and looks_like_weights(entry.name, entry.stat().st_size) for entry in entries)
 
 
 class ModelFiles:

@@ -66,9 +66,7 @@ class IntervalSet:
     def overlap(self, start: int, stop: int) -> list[tuple[int, int]]:
         """The parts of a range that are covered."""
         first, last = self._touching(start, stop)
-        return [
-            (max(start, self._starts[i]), min(stop, self._stops[i])) for i in range(first, last)
-        ]
+        return [(max(start, self._starts[i]), min(stop, self._stops[i])) for i in range(first, last)]
 
     def missing(self, start: int, stop: int) -> list[tuple[int, int]]:
         """The parts of a range that are not covered."""

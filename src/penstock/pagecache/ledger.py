@@ -115,9 +115,7 @@ class Ledger:
     def totals(self) -> LedgerTotals:
         """The sums at this moment."""
         with self._lock:
-            return LedgerTotals(
-                self._accessed_bytes, self._prefetched_bytes, self._waiting_bytes, self._evicted_bytes
-            )
+            return LedgerTotals(self._accessed_bytes, self._prefetched_bytes, self._waiting_bytes, self._evicted_bytes)
 
     def close(self) -> None:
         """Close all files."""

@@ -138,9 +138,7 @@ def _entries(text: str) -> list[str]:
     return entries[:stop]
 
 
-def _visible(
-    devices: Sequence[Accelerator], kind: Kind, environ: Mapping[str, str]
-) -> list[Accelerator | None]:
+def _visible(devices: Sequence[Accelerator], kind: Kind, environ: Mapping[str, str]) -> list[Accelerator | None]:
     """The devices as the worker numbers them; None stands for an entry that is not understood."""
     if kind != "amd":
         return _select(devices, visible_devices(environ, kind))
@@ -182,9 +180,7 @@ def _amd(root: Path) -> list[Accelerator]:
         for directory in root.glob("sys/class/drm/renderD*")
         if _text(directory / "device/vendor") == _VENDOR_AMD
     }
-    nodes = sorted(
-        root.glob("sys/class/kfd/kfd/topology/nodes/*/properties"), key=lambda p: int(p.parent.name)
-    )
+    nodes = sorted(root.glob("sys/class/kfd/kfd/topology/nodes/*/properties"), key=lambda p: int(p.parent.name))
     topology = [_properties(path.read_text(), " ") for path in nodes]
     ordered = [
         (f"renderD{facts['drm_render_minor']}", int(facts.get("unique_id", "0")))
@@ -203,13 +199,9 @@ def _ascend(root: Path) -> list[Accelerator]:
     addresses = sorted(
         directory.name
         for directory in root.glob("sys/bus/pci/devices/*")
-        if _text(directory / "vendor") == _VENDOR_HUAWEI
-        and _text(directory / "class").startswith(_CLASS_ACCELERATOR)
+        if _text(directory / "vendor") == _VENDOR_HUAWEI and _text(directory / "class").startswith(_CLASS_ACCELERATOR)
     )
-    return [
-        Accelerator("ascend", index, address, f"/dev/davinci{index}")
-        for index, address in enumerate(addresses)
-    ]
+    return [Accelerator("ascend", index, address, f"/dev/davinci{index}") for index, address in enumerate(addresses)]
 
 
 def _properties(text: str, separator: str) -> dict[str, str]:

@@ -9,12 +9,15 @@ from pathlib import Path
 
 # Variables that change which worker reads what. CUDA_VISIBLE_DEVICES counts by how many, not by which.
 _PARALLELISM = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK", "NNODES", "NODE_RANK")
-_DEVICES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "ASCEND_RT_VISIBLE_DEVICES")
+_DEVICES = (
+    "CUDA_VISIBLE_DEVICES",
+    "HIP_VISIBLE_DEVICES",
+    "ROCR_VISIBLE_DEVICES",
+    "ASCEND_RT_VISIBLE_DEVICES",
+)
 
 
-def service_id(
-    command: Sequence[str], roots: Sequence[Path], environment: Mapping[str, str], directory: str
-) -> str:
+def service_id(command: Sequence[str], roots: Sequence[Path], environment: Mapping[str, str], directory: str) -> str:
     """A name for the service, readable at its head: ``serve-llama-3b-1f0c2a9d4e6b``.
 
     Hashed are the command with the model's path reduced to its last part, so that nodes which keep the model
@@ -22,8 +25,7 @@ def service_id(
     environment. Left out are contents: a model whose files changed is the same service with a stale template.
     """
     words = [os.path.basename(command[0])]
-    for argument in command[1:]:
-        words.append(_without_roots(argument, roots, directory))
+    words += [_without_roots(argument, roots, directory) for argument in command[1:]]
     words += [f"{name}={environment[name]}" for name in _PARALLELISM if name in environment]
     words += [f"{name}#{len(environment[name].split(','))}" for name in _DEVICES if name in environment]
     digest = hashlib.blake2b("\0".join(words).encode(), digest_size=6).hexdigest()

@@ -101,9 +101,7 @@ class Template:
             )
         try:
             files = tuple(FileIdentity(str(n), int(s), str(f)) for n, s, f in body["files"])
-            groups = tuple(
-                tuple(_unpack(group, files, int(body["page_bytes"]))) for group in body["groups"]
-            )
+            groups = tuple(tuple(_unpack(group, files, int(body["page_bytes"]))) for group in body["groups"])
             return cls(body["service"], files, groups, body["root_hint"], body["recorded_at"])
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise TemplateFormatError(f"{path}: {type(error).__name__}: {error}") from error
@@ -131,9 +129,7 @@ def _pack(group: Sequence[Range], index: dict[str, int]) -> Iterator[list[int]]:
         yield stretch
 
 
-def _unpack(
-    group: Iterable[Sequence[int]], files: Sequence[FileIdentity], page_bytes: int
-) -> Iterator[Range]:
+def _unpack(group: Iterable[Sequence[int]], files: Sequence[FileIdentity], page_bytes: int) -> Iterator[Range]:
     for number, *numbers in group:
         identity = files[number]
         position = 0
@@ -200,11 +196,7 @@ class GroupRecorder:
         merged: list[_Run] = []
         for run in self._runs:
             last = merged[-1] if merged else None
-            if (
-                last is not None
-                and last.name == run.name
-                and last.start <= run.start <= last.stop + _MERGE_GAP_BYTES
-            ):
+            if last is not None and last.name == run.name and last.start <= run.start <= last.stop + _MERGE_GAP_BYTES:
                 last.stop = max(last.stop, run.stop)
             else:
                 merged.append(_Run(run.name, run.start, run.stop))
@@ -244,7 +236,9 @@ class TemplateStore:
         except FileNotFoundError:
             return None
         except UnicodeDecodeError as error:
-            raise TemplateFormatError(f"{path}: not text ({error}); delete it, the next run records a new one") from error
+            raise TemplateFormatError(
+                f"{path}: not text ({error}); delete it, the next run records a new one"
+            ) from error
         return Template.from_json(text, path)
 
     def save(self, template: Template) -> Path:

@@ -157,9 +157,7 @@ class ProcessTree:
             if file is not None:
                 known.files[opened.descriptor] = (opened, file)
 
-    def _model_file(
-        self, device: int, inode: int, path: str, size_bytes: int | None = None
-    ) -> ModelFile | None:
+    def _model_file(self, device: int, inode: int, path: str, size_bytes: int | None = None) -> ModelFile | None:
         if (device, inode) in self._ignored:
             return None
         file = self._files.get(device, inode)
@@ -189,7 +187,10 @@ class ProcessTree:
             for mapped in known.mappings.values():
                 try:
                     found += self._touched_in(known, mapped)
-                except ProcessLookupError:
+                except ProcessLookupError:  # it ended, or its memory was replaced by exec
+                    if known.pagemap is not None:
+                        known.pagemap.close()
+                    known.pagemap, known.mappings = None, {}
                     break
         return found
 

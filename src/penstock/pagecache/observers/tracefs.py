@@ -11,14 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from penstock.errors import ObserverError, UnsupportedError
-from penstock.linux.tracefs import (
-    ACCESS_EVENTS,
-    ADD,
-    Events,
-    Instance,
-    TraceFs,
-    remove_stale_instances,
-)
+from penstock.linux.ringbuffer import Events, decode_pages
+from penstock.linux.tracefs import ADD, Instance, follow
 from penstock.pagecache.base import ModelFile
 from penstock.pagecache.evictor import MappedPart
 from penstock.pagecache.files import ModelFiles
@@ -33,43 +27,50 @@ class TracefsObserver(Observer):
 
     Args:
         files: the model's files; grows as the program opens more.
+        instance: one that follows the program already (it must be made before the program starts); made by
+            `start` otherwise.
         only_known: the files are all there is to watch (``--model``), so the kernel may filter on them.
+        keep_instance: leave the instance to `penstock.linux.janitor` at the end.
     """
 
     name = "tracefs"
 
-    def __init__(self, files: ModelFiles, *, only_known: bool = False) -> None:
+    def __init__(
+        self,
+        files: ModelFiles,
+        instance: Instance | None = None,
+        *,
+        only_known: bool = False,
+        keep_instance: bool = False,
+    ) -> None:
         self._files = files
+        self._instance = instance
         self._only_known = only_known
-        self._tracefs: TraceFs | None = None
-        self._instance: Instance | None = None
+        self._keep_instance = keep_instance
         self._tree: ProcessTree | None = None
         self._process_of_thread: dict[int, int] = {}
         self._pid = 0
-        self._misses_only = False
 
     def start(self, pid: int) -> None:
         self._pid = pid
         try:
-            self._tracefs = TraceFs()
-            remove_stale_instances(self._tracefs)
-            events = self._tracefs.available_events(ACCESS_EVENTS)
-            if len(events) < len(ACCESS_EVENTS):  # Linux before 6.9
-                events = [ADD]
-                self._misses_only = True
-            self._instance = Instance(self._tracefs, events, pid)
+            if self._instance is None:
+                self._instance = follow(pid)
             if self._only_known:
                 self._instance.watch((file.device, file.inode) for file in self._files)
-            self._instance.start()
         except (OSError, UnsupportedError) as error:
             self.stop()
             raise ObserverError(f"tracefs: {error}") from error
         self._tree = ProcessTree(pid, self._files)
 
+    @property
+    def _misses_only(self) -> bool:
+        return self._instance is not None and self._instance.events == (ADD,)
+
     def poll(self) -> Sequence[Observed]:
         if self._instance is None or self._tree is None:
             return ()
-        events = self._instance.read()
+        events = decode_pages(self._instance.read_pages(), self._instance.formats)
         found = self._observed(events) if len(events) else []
         self._tree.refresh()
         found += self._tree.touched()
@@ -146,10 +147,10 @@ class TracefsObserver(Observer):
             self._tree.close()
             self._tree = None
         if self._instance is not None:
-            self._instance.close()
-        if self._tracefs is not None:
-            self._tracefs.close()
-            self._tracefs = None
+            if self._keep_instance:
+                self._instance.detach()
+            else:
+                self._instance.close()
 
     @property
     def warnings(self) -> Sequence[str]:

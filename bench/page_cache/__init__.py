@@ -1,0 +1,26 @@
+"""How fast an unmodified program loads its model with penstock and without: ``python -m bench.page_cache``.
+
+What is measured is the wall time of a whole command, from spawn to exit, seen from outside. The arms are run in
+turn, round by round, each round beginning with another arm; ratios are taken within a round and the median of
+these is what counts. The limit L is measured between the rounds of the same run: a load cannot end before the
+program is through with a model that is in memory already, nor before the disk has delivered the bytes.
+
+**The state of memory is part of the method.** A virtual machine that hands freed memory back to its host pays for
+touching it again: 2-6 microseconds a 4 KiB page were seen, 10 s for 4 GB, several times what is to be measured,
+and charged to whichever arm happens to touch it first. A server that has been up for a while has no free memory:
+it is full of old, clean page cache. So here: a *ballast*, the pages of a sparse file, whose holes are read as
+zeros without any I/O, fills memory before every run until little is free. It is what the kernel reclaims first.
+
+A model is made cold by swapping it against ballast in small steps, 64 MiB dropped, 64 MiB of ballast read, so that
+at no time much memory is free. How much of it is resident is verified before every run; a cold run with more than
+1 % fails. Every arm starts from the same state.
+
+**The memory limit** is a cgroup, made for each run and removed after it, with the command inside it from its
+first instruction, penstock included. A run that sees an OOM kill fails.
+
+**The bytes** are verified: in a round of its own, which is not timed, by a CRC of every tensor (or file, where a
+client reads files) against what an independent reader got with O_DIRECT, past the page cache; in every timed run
+by a sum of one word of each page, which costs next to nothing.
+
+**The read-ahead** of the disk is set for each run and restored at the end, also after SIGTERM and Ctrl-C.
+"""

@@ -1,0 +1,152 @@
+"""The state of memory before a run: full of ballast, and the model in it or not."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+
+from bench.page_cache.errors import BenchError, RunError
+from penstock.linux.pagecache import FileResidency, drop
+from penstock.units import GiB, MiB, format_size
+
+FREE_BYTES = 600 * MiB  # left free: an order of magnitude above the watermarks of a 24 GB machine
+STEP_BYTES = 64 * MiB
+READ_BYTES = 8 * MiB
+COLD_SHARE = 0.01
+RESIDENT_SHARE = 0.99
+_THREADS = 2
+
+
+def meminfo(name: str) -> int:
+    """A line of /proc/meminfo, in bytes."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) << 10
+    raise BenchError(f"/proc/meminfo has no {name}")
+
+
+class Ballast:
+    """Old, clean page cache that keeps memory full, and the way to make a model cold without freeing memory.
+
+    Args:
+        path: the sparse file; made here, removed by `close`. None: no ballast, for tests of the benchmark.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._pool = ThreadPoolExecutor(_THREADS)
+        self._buffers = [mmap.mmap(-1, READ_BYTES) for _ in range(_THREADS)]
+        self._position = 0
+        if path is None:
+            return
+        self._size_bytes = -(-meminfo("MemTotal") * 4 // 3 // GiB) * GiB
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        os.ftruncate(self._fd, self._size_bytes)
+        self._residency = FileResidency(self._fd)
+        for buffer in self._buffers:
+            buffer.write(bytes(READ_BYTES))
+
+    def __enter__(self) -> Ballast:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the memory back and remove the file."""
+        self._pool.shutdown()
+        if self._path is not None:
+            os.close(self._fd)
+            self._path.unlink(missing_ok=True)
+            self._path = None
+
+    def fill(self) -> None:
+        """Read ballast until little memory is free."""
+        if self._path is None:
+            return
+        read_bytes = 0
+        while (excess_bytes := meminfo("MemFree") - FREE_BYTES) > 0:
+            if read_bytes > 2 * self._size_bytes:
+                raise BenchError(
+                    f"{format_size(meminfo('MemFree'))} stay free although {format_size(read_bytes)} of ballast "
+                    "were read; is the benchmark in a cgroup with a memory limit?"
+                )
+            wanted = min(excess_bytes // READ_BYTES + 1, STEP_BYTES // READ_BYTES)
+            read_bytes += sum(self._pool.map(self._read, *zip(*self._next(wanted), strict=True)))
+
+    def _next(self, count: int) -> list[tuple[int, int]]:
+        """Buffer and offset of the next reads; ballast that is still cached is passed over, not made young."""
+        reads: list[tuple[int, int]] = []
+        passed_bytes = 0
+        while len(reads) < count:
+            start = self._position
+            self._position = (start + READ_BYTES) % self._size_bytes
+            if self._residency.resident_bytes(start, start + READ_BYTES) < READ_BYTES // 2:
+                reads.append((len(reads), start))
+            elif (passed_bytes := passed_bytes + READ_BYTES) > self._size_bytes:
+                raise BenchError("all of the ballast is cached and memory is still free")
+        return reads
+
+    def _read(self, index: int, start: int) -> int:
+        # Two reads may share a buffer: what they read is zeros.
+        return os.preadv(self._fd, [self._buffers[index % _THREADS]], start)
+
+    def make_cold(self, files: list[Path]) -> None:
+        """Swap the files' pages against ballast.
+
+        Raises:
+            RunError: more than 1 % stayed.
+        """
+        for path in files:
+            with path.open("rb") as file:
+                fd, size_bytes = file.fileno(), path.stat().st_size
+                residency = FileResidency(fd)
+                for start in range(0, size_bytes, STEP_BYTES):
+                    stop = min(start + STEP_BYTES, size_bytes)
+                    if residency.resident_bytes(start, stop):
+                        drop(fd, start, stop)
+                        self.fill()
+                drop(fd)  # folios that lay across two steps
+        self.fill()
+        if (share := resident_share(files)) > COLD_SHARE:
+            raise RunError(f"{share:.1%} of the model is still cached; another process maps it")
+
+    def make_resident(self, files: list[Path]) -> None:
+        """Read the files into the cache from start to end, in place of ballast.
+
+        Raises:
+            RunError: less than 99 % is cached afterwards.
+        """
+        for path in files:
+            with path.open("rb", buffering=0) as file:
+                residency = FileResidency(file.fileno())
+                starts = [
+                    start
+                    for start in range(0, path.stat().st_size, READ_BYTES)
+                    if not residency.is_resident(start, min(start + READ_BYTES, path.stat().st_size))
+                ]
+                reads = [(index % _THREADS, start) for index, start in enumerate(starts)]
+                for first in range(0, len(reads), _THREADS):
+                    batch = reads[first : first + _THREADS]
+                    list(
+                        self._pool.map(
+                            lambda read, fd=file.fileno(): os.preadv(fd, [self._buffers[read[0]]], read[1]), batch
+                        )
+                    )
+        self.fill()
+        if (share := resident_share(files)) < RESIDENT_SHARE:
+            raise RunError(f"only {share:.1%} of the model can be kept in the cache; it needs more memory")
+
+
+def resident_share(files: list[Path]) -> float:
+    """The share of the files' bytes that is cached."""
+    cached_bytes = 0
+    for path in files:
+        with path.open("rb") as file:
+            cached_bytes += FileResidency(file.fileno()).resident_bytes(0, path.stat().st_size)
+    return cached_bytes / sum(path.stat().st_size for path in files)

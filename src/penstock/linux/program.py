@@ -1,0 +1,97 @@
+"""Starting the user's command so that nobody can tell the difference, and waiting for it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Sequence
+from types import FrameType
+
+# Sent to penstock alone (by an init system, an orchestrator): meant for the program. SIGINT, SIGQUIT and SIGTSTP
+# from a terminal reach the whole foreground group, the program with it; passing SIGINT on would send it twice.
+_FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGCONT)
+_FROM_TERMINAL = (signal.SIGINT, signal.SIGQUIT)
+
+
+class Program:
+    """A child process that waits before its first instruction until it is released.
+
+    It keeps the terminal, the standard streams, the environment and the process group that penstock got.
+    Make it while the process has one thread only.
+    """
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self.command = tuple(command)
+        gate, self._gate = os.pipe2(os.O_CLOEXEC)
+        failure, status = os.pipe2(os.O_CLOEXEC)
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                os.close(self._gate)
+                if os.read(gate, 1):  # nothing: penstock gave up or was killed before it began
+                    os.execvp(command[0], list(command))
+            except OSError as error:
+                os.write(status, str(error.errno).encode())
+            finally:
+                os._exit(127)
+        os.close(gate)
+        os.close(status)
+        self._failure = failure
+        self._pidfd = os.pidfd_open(self.pid)
+
+    def release(self) -> None:
+        """Let it run.
+
+        Raises:
+            OSError: it could not be started; errno says why, as the shell would find.
+        """
+        os.write(self._gate, b"x")
+        os.close(self._gate)
+        number = os.read(self._failure, 16)
+        os.close(self._failure)
+        if number:
+            os.waitpid(self.pid, 0)
+            error = int(number)
+            raise OSError(error, os.strerror(error), self.command[0])
+
+    def abandon(self) -> None:
+        """End it before it has begun."""
+        os.close(self._gate)
+        os.waitpid(self.pid, 0)
+
+    def forward_signals(self) -> None:
+        """From now on, pass on the signals that are meant for the program."""
+
+        def forward(number: int, _frame: FrameType | None) -> None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, number)
+
+        def leave_to_group(number: int, _frame: FrameType | None) -> None:
+            if not _terminal_sends_signals():
+                forward(number, None)
+
+        for number in _FORWARDED:
+            signal.signal(number, forward)
+        for number in _FROM_TERMINAL:
+            signal.signal(number, leave_to_group)
+
+    def wait(self) -> int:
+        """Wait for it to end; returns its wait status."""
+        return os.waitpid(self.pid, 0)[1]
+
+
+def _terminal_sends_signals() -> bool:
+    """Whether we are in the foreground group of a terminal, which signals all of the group itself."""
+    for descriptor in (0, 1, 2):
+        try:
+            return os.tcgetpgrp(descriptor) == os.getpgrp()
+        except OSError:
+            continue
+    return False
+
+
+def exit_like(wait_status: int) -> int:
+    """The exit code that stands for a wait status, as shells count: 128 + the signal's number."""
+    code = os.waitstatus_to_exitcode(wait_status)
+    return code if code >= 0 else 128 - code

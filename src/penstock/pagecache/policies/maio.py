@@ -1,0 +1,157 @@
+"""MAIO: the model-loading policy.
+
+Source: "Accelerating Model Loading in LLM Inference by Programmable Page Cache", FAST '26: I/O templates,
+interruptible prefetching, XPU affinity (the loader binds to the node of the worker that a range is for) and
+burn-after-reading. Beyond the paper: prefetching begins before the first access; the first run prefetches too
+(in file order, while it records); a template that does not fit what is read is left and recorded anew; and a
+page is burnt only when every worker that will read it has passed it.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Sequence
+
+from penstock.pagecache.base import Access, Context, Evict, ModelFile, Policy, Prefetch, Range
+from penstock.pagecache.intervals import IntervalSet
+from penstock.pagecache.policies.ahead import ReadAhead
+from penstock.units import MiB
+
+_PIECE_BYTES = 64 * MiB  # several workers' reads are interleaved in pieces of this size
+_JUMP_BYTES = 16 * MiB  # backwards by less is a thread pool's disorder
+_JUMPS = 3  # this many unforeseen jumps: the template is another program's
+_UNKNOWN_BYTES = 64 * MiB  # or this much that it does not name
+
+
+class _Group:
+    """One worker's recorded reads, with the position of each byte in their order."""
+
+    def __init__(self, ranges: Sequence[Range]) -> None:
+        self._by_name: dict[str, list[tuple[int, int, int]]] = {}  # (start, stop, position), by start
+        position = 0
+        for part in ranges:
+            self._by_name.setdefault(part.name, []).append((part.start, part.stop, position))
+            position += part.stop - part.start
+        for parts in self._by_name.values():
+            parts.sort()
+        self.total_bytes = position
+        self.position = 0  # how far the worker has come
+        self.needs = {
+            name: IntervalSet((start, stop) for start, stop, _ in parts) for name, parts in self._by_name.items()
+        }
+
+    def locate(self, name: str, offset: int) -> int | None:
+        """Position of a byte in the order; None if the template does not have it."""
+        parts = self._by_name.get(name, [])
+        index = bisect_right(parts, offset, key=lambda part: part[0]) - 1
+        if index < 0 or offset >= parts[index][1]:
+            return None
+        return parts[index][2] + offset - parts[index][0]
+
+
+class Maio(Policy):
+    """Replays a template ahead of the readers, interruptibly, and burns what all have read.
+
+    Without a template it prefetches in file order.
+    """
+
+    def start(self, context: Context) -> None:
+        self._files = {file.name: file for file in context.files}
+        self._keep_bytes = context.keep_bytes
+        self._groups = [_Group(group) for group in context.groups]
+        self._plan = self._merge(context.groups)
+        self._ahead = ReadAhead(context.files, max(64 * MiB, context.budget_bytes // 2))
+        self._jumps = 0
+        self._unknown_bytes = 0
+        self.mismatch = ""
+        self._passed: dict[int, deque[tuple[ModelFile, int, int, int]]] = {}  # by worker: read, not yet burnt
+        self._read_bytes: dict[int, int] = {}  # by worker
+        self._done: dict[tuple[int, str], IntervalSet] = {}
+
+    def prefetch(self, access: Access | None) -> Sequence[Prefetch]:
+        if access is None:
+            return self._remaining()
+        self._note(access)
+        if not self._groups or self.mismatch:
+            return self._ahead.prefetch(access)
+        return self._follow(access)
+
+    def _follow(self, access: Access) -> Sequence[Prefetch]:
+        group = self._groups[access.worker] if access.worker < len(self._groups) else None
+        position = group.locate(access.file.name, access.start) if group else None
+        if group is None or position is None:
+            if access.miss:
+                self._unknown_bytes += access.stop - access.start
+                if self._unknown_bytes > _UNKNOWN_BYTES:
+                    return self._leave_template(access, "it reads what its template does not name")
+            return ()
+        before = group.position
+        end = position + access.stop - access.start
+        if not access.miss:
+            group.position = max(before, end)
+            return ()
+        if position < before - _JUMP_BYTES:
+            self._jumps += 1
+            if self._jumps >= _JUMPS:
+                return self._leave_template(access, "it reads in another order than its template says")
+        group.position = end
+        return self._remaining()
+
+    def _leave_template(self, access: Access, why: str) -> Sequence[Prefetch]:
+        self.mismatch = why
+        return self._ahead.prefetch(access)
+
+    def _remaining(self) -> list[Prefetch]:
+        """The plan without what each worker has behind it."""
+        positions = [group.position for group in self._groups]
+        return [request for worker, stop, request in self._plan if stop > positions[worker]]
+
+    def _merge(self, groups: Sequence[Sequence[Range]]) -> list[tuple[int, int, Prefetch]]:
+        """All workers' reads in one order: by how far through its group each worker will be."""
+        pieces = []
+        for worker, group in enumerate(groups):
+            total = max(1, sum(part.stop - part.start for part in group))
+            position = 0
+            for part in group:
+                file = self._files.get(part.name)
+                for start in range(part.start, part.stop, _PIECE_BYTES):
+                    stop = min(start + _PIECE_BYTES, part.stop)
+                    if file is not None:
+                        request = Prefetch(file, start, stop, worker)
+                        pieces.append((position / total, worker, position + stop - start, request))
+                    position += stop - start
+        pieces.sort(key=lambda piece: piece[:2])
+        return [(worker, stop, request) for _, worker, stop, request in pieces]
+
+    def _note(self, access: Access) -> None:
+        read = self._read_bytes.get(access.worker, 0) + access.stop - access.start
+        self._read_bytes[access.worker] = read
+        passed = self._passed.setdefault(access.worker, deque())
+        passed.append((access.file, access.start, access.stop, read))
+
+    def evict(self, access: Access | None) -> Sequence[Evict]:
+        del access
+        burnt = []
+        for worker, passed in self._passed.items():
+            read = self._read_bytes[worker]
+            while passed and read - passed[0][3] >= self._keep_bytes:
+                file, start, stop, _ = passed.popleft()
+                self._done.setdefault((worker, file.name), IntervalSet()).add(start, stop)
+                burnt += [Evict(file, low, high) for low, high in self._unneeded(worker, file.name, start, stop)]
+        return burnt
+
+    def _unneeded(self, worker: int, name: str, start: int, stop: int) -> list[tuple[int, int]]:
+        """Parts of a range that no other worker has yet to read."""
+        free = IntervalSet([(start, stop)])
+        if self.mismatch:
+            return list(free)
+        for other, group in enumerate(self._groups):
+            needs = group.needs.get(name)
+            if other == worker or needs is None:
+                continue
+            done = self._done.get((other, name), IntervalSet())
+            for low, high in needs.overlap(start, stop):
+                for missing_low, missing_high in done.missing(low, high):
+                    free.remove(missing_low, missing_high)
+        return list(free)

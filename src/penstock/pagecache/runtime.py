@@ -1,0 +1,308 @@
+"""Drives a policy: what the observer sees goes in, what the policy returns is carried out.
+
+Data flow, one way: observer → runtime → policy → loader / evictor → kernel.
+"""
+
+from __future__ import annotations
+
+import enum
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from penstock.pagecache.base import Access, Evict, ModelFile, Policy, Prefetch
+from penstock.pagecache.evictor import Evictor
+from penstock.pagecache.headroom import Budget, DeviceMonitor, Headroom
+from penstock.pagecache.ledger import Ledger
+from penstock.pagecache.loader import Loader
+from penstock.pagecache.observers.base import Observed, Observer
+from penstock.pagecache.recorder import Recorder
+
+_POLL_S = 0.008
+_IDLE_POLL_S = 0.1  # once nothing was read for _IDLE_S
+_IDLE_S = 20.0
+_QUIET_S = 5.0
+_GOVERN_S = 0.02
+_SAMPLE_S = 0.08
+_UNEVICTABLE_SHARE = 0.25  # of the budget, ahead of a reader whose pages cannot be evicted
+
+
+class CacheMode(enum.Enum):
+    """What happens to pages that were read."""
+
+    AUTO = "auto"  # burnt when the model does not fit, kept when it does
+    KEEP = "keep"
+    BURN = "burn"
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """The state at one moment; bytes since the start."""
+
+    t_s: float
+    device_read_bytes: int
+    accessed_bytes: int
+    resident_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a run did."""
+
+    first_access_s: float | None
+    last_access_s: float | None
+    accessed_bytes: int
+    prefetched_bytes: int
+    prefetched_unused_bytes: int
+    evicted_bytes: int
+    device_read_bytes: int
+    peak_resident_bytes: int
+    budget: Budget
+    loader_method: str
+    warnings: tuple[str, ...]
+    timeline: tuple[Sample, ...]
+
+
+class Runtime:
+    """One program's page cache, driven by one policy, in one thread of its own.
+
+    Whatever goes wrong here ends in a warning, and the program goes on with the kernel's own behaviour.
+
+    Args:
+        policy: started already.
+        observer: started already.
+        model_bytes: what the program will read, as far as known: it decides whether memory is ample.
+        sampling: keep a timeline.
+        clock_start_s: time.monotonic() of the program's start.
+        on_quiet: called each time that reading has stopped for a while: a service reads once and then serves for
+            days, and may be killed with penstock.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        observer: Observer,
+        *,
+        ledger: Ledger,
+        recorder: Recorder,
+        headroom: Headroom,
+        cache: CacheMode = CacheMode.AUTO,
+        model_bytes: Callable[[], int] = lambda: 0,
+        node_of_worker: Callable[[int], int | None] = lambda _: None,
+        sampling: bool = False,
+        clock_start_s: float | None = None,
+        on_quiet: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._policy: Policy | None = policy
+        self._ignores_memory = policy.ignores_memory
+        self._observer = observer
+        self._ledger = ledger
+        self._recorder = recorder
+        self._headroom = headroom
+        self._cache = cache
+        self._model_bytes = model_bytes
+        self._sampling = sampling
+        self._on_quiet = on_quiet
+        self._began_s = time.monotonic() if clock_start_s is None else clock_start_s
+        self._loader = Loader(ledger, node_of_worker)
+        self._evictor = Evictor(ledger, observer.mapped_parts)
+        self._devices = DeviceMonitor()
+        self._budget = headroom.read()
+        self._limited = False
+        self._warnings: list[str] = []
+        self._timeline: list[Sample] = []
+        self._first_access_s: float | None = None
+        self._last_access_s: float | None = None
+        self._peak_resident_bytes = 0
+        self._inside_hook_since: tuple[str, float] | None = None
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="penstock-runtime", daemon=True)
+
+    def start(self) -> None:
+        """Begin: the first prefetch, then one poll after another."""
+        self._thread.start()
+
+    def stop(self, timeout_s: float = 2.0) -> Outcome:
+        """The program has ended: see what it read last and take everything back.
+
+        A policy that does not return is left behind in its thread; the outcome then says so.
+        """
+        self._stopping.set()
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            hook, since = self._inside_hook_since or ("a hook", time.monotonic())
+            self._warnings.append(
+                f"the policy's {hook} has not returned for {time.monotonic() - since:.1f} s; it was left behind"
+            )
+        self._loader.close(0.5)
+        loaded = self._loader.statistics()
+        totals = self._ledger.totals()
+        warnings = [*self._warnings, *loaded.warnings, *self._observer.warnings]
+        if self._evictor.warning:
+            warnings.append(self._evictor.warning)
+        return Outcome(
+            self._first_access_s,
+            self._last_access_s,
+            totals.accessed_bytes,
+            totals.prefetched_bytes,
+            totals.waiting_bytes,
+            totals.evicted_bytes,
+            self._devices.read_bytes(),
+            self._peak_resident_bytes,
+            self._budget,
+            loaded.method,
+            tuple(warnings),
+            tuple(self._timeline),
+        )
+
+    def _run(self) -> None:
+        try:
+            self._submit(self._ask("prefetch", partial(_prefetch, None)))
+            self._loop()
+        except Exception as error:  # noqa: BLE001 — the program must not notice
+            self._warnings.append(f"penstock stopped prefetching: {type(error).__name__}: {error}")
+            self._loader.submit(())
+
+    def _loop(self) -> None:
+        next_govern = next_sample = 0.0
+        told_quiet = False
+        while True:
+            ending = self._stopping.is_set()
+            now = time.monotonic()
+            observed = self._observer.poll()
+            if observed:
+                self._handle(observed, now - self._began_s)
+                self._loader.nudge()
+            if now >= next_govern or ending:
+                next_govern = now + _GOVERN_S
+                self._govern()
+            if self._sampling and (now >= next_sample or ending):
+                next_sample = now + _SAMPLE_S
+                self._sample(now)
+            if ending:
+                break
+            quiet_s = now - self._began_s - (self._last_access_s or 0.0)
+            if observed:
+                told_quiet = False
+            elif not told_quiet and self._last_access_s is not None and quiet_s > _QUIET_S:
+                told_quiet = True
+                self._on_quiet()
+            self._stopping.wait(_POLL_S if quiet_s < _IDLE_S else _IDLE_POLL_S)
+        self._ask("stop", _stop)
+        if self._cache is CacheMode.BURN:
+            for record in self._ledger.records():
+                for start, stop in list(record.accessed):
+                    self._evictor.evict(record.file, start, stop)
+        self._evictor.flush()
+
+    def _handle(self, observed: Sequence[Observed], time_s: float) -> None:
+        for part in observed:
+            if part.stop <= part.start:
+                continue
+            try:
+                record = self._ledger.record(part.file)
+            except OSError as error:
+                self._warn(f"{part.file.path}: not followed: {error.strerror}")
+                continue
+            self._devices.watch(part.file.device)
+            worker = self._recorder.record(part.pid, part.file, part.start, part.stop)
+            missed = self._ledger.access(record, part.start, part.stop)
+            if self._first_access_s is None:
+                self._first_access_s = time_s
+            self._last_access_s = time_s
+            access = Access(part.file, part.start, part.stop, worker, time_s, missed > 0)
+            self._submit(self._ask("prefetch", partial(_prefetch, access)))
+            if self._burning:
+                self._evict(self._ask("evict", partial(_evict, access)))
+
+    @property
+    def _burning(self) -> bool:
+        return self._cache is CacheMode.BURN or (self._cache is CacheMode.AUTO and self._limited)
+
+    def _govern(self) -> None:
+        """Fit the loader to the memory and the device as they are."""
+        self._budget = budget = self._headroom.read()
+        self._limited = self._model_bytes() > budget.bytes
+        allowance = budget.bytes - (budget.keep_bytes if self._burning else 0)
+        if self._limited and (self._evictor.warning or not self._burning):
+            allowance = int(budget.bytes * _UNEVICTABLE_SHARE)
+        if self._ignores_memory:
+            allowance = 1 << 62
+        threads = 1 if self._devices.others_are_busy(self._recorder.pids) else 4
+        self._loader.set_limits(allowance, threads)
+        if self._burning:
+            self._evict(self._ask("evict", partial(_evict, None)))
+
+    def _sample(self, now: float) -> None:
+        resident = self._ledger.resident_bytes()  # 15 ms for 1.6 million small pages, under 1 ms in large folios
+        self._peak_resident_bytes = max(self._peak_resident_bytes, resident)
+        accessed = self._ledger.totals().accessed_bytes
+        self._timeline.append(Sample(now - self._began_s, self._devices.read_bytes(), accessed, resident))
+
+    def _ask(self, hook: str, call: Callable[[Policy], Sequence[Prefetch | Evict]]) -> Sequence[Prefetch | Evict]:
+        """Call a hook; a policy that raises or answers nonsense is not asked again."""
+        if self._policy is None:
+            return ()
+        self._inside_hook_since = (hook, time.monotonic())
+        try:
+            answer = call(self._policy)
+            problem = next((p for p in map(_problem, answer) if p), "")
+        except Exception as error:  # noqa: BLE001 — a policy may raise anything
+            problem = f"raised {type(error).__name__}: {error}"
+        finally:
+            self._inside_hook_since = None
+        if problem:
+            self._warn(f"policy {type(self._policy).__name__} is switched off: its {hook} {problem}")
+            self._policy = None
+            self._loader.submit(())
+            return ()
+        return answer
+
+    def _submit(self, requests: Sequence[Prefetch | Evict]) -> None:
+        wanted = [request for request in requests if isinstance(request, Prefetch)]
+        if wanted and not self._stopping.is_set():
+            for device in {request.file.device for request in wanted}:
+                self._devices.watch(device)
+            self._loader.submit(wanted)
+
+    def _evict(self, ranges: Sequence[Prefetch | Evict]) -> None:
+        for part in ranges:
+            if isinstance(part, Evict):
+                try:
+                    self._evictor.evict(part.file, part.start, part.stop)
+                except OSError as error:
+                    self._warn(f"{part.file.path}: not evicted: {error.strerror}")
+
+    def _warn(self, text: str) -> None:
+        if text not in self._warnings:
+            self._warnings.append(text)
+
+
+def _prefetch(access: Access | None, policy: Policy) -> Sequence[Prefetch | Evict]:
+    return policy.prefetch(access)
+
+
+def _evict(access: Access | None, policy: Policy) -> Sequence[Prefetch | Evict]:
+    return policy.evict(access)
+
+
+def _stop(policy: Policy) -> Sequence[Prefetch | Evict]:
+    policy.stop()
+    return ()
+
+
+def _problem(item: object) -> str:
+    """What is wrong with something that a hook returned; "" if nothing."""
+    if not isinstance(item, Prefetch | Evict):
+        return f"returned {item!r}, which is neither a Prefetch nor an Evict"
+    file: object = item.file
+    if not isinstance(file, ModelFile):
+        return f"returned a file of type {type(file).__name__}, not the ModelFile of an access or the context"
+    if not 0 <= item.start <= item.stop <= item.file.size_bytes:
+        return (
+            f"returned bytes {item.start}–{item.stop} of {item.file.path}, which has {item.file.size_bytes}: "
+            "ranges must lie inside the file"
+        )
+    return ""

@@ -1,0 +1,213 @@
+"""One program under penstock: its template, policy, observer and runtime, from its start to its end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from penstock.errors import ObserverError, TemplateError, TemplateStaleError
+from penstock.linux import numa
+from penstock.linux.tracefs import Instance
+from penstock.pagecache.base import Context, Policy
+from penstock.pagecache.files import ModelFiles
+from penstock.pagecache.fingerprints import FingerprintCache
+from penstock.pagecache.headroom import Headroom
+from penstock.pagecache.ledger import Ledger
+from penstock.pagecache.observers.base import Observer
+from penstock.pagecache.observers.process import ProcessObserver
+from penstock.pagecache.observers.tracefs import TracefsObserver
+from penstock.pagecache.placement import accelerator_of, worker_node
+from penstock.pagecache.policies.native import Native
+from penstock.pagecache.recorder import Recorder
+from penstock.pagecache.runtime import CacheMode, Outcome, Runtime
+from penstock.pagecache.service import service_id
+from penstock.pagecache.template import Template, TemplateStore
+
+Mode = Literal["record", "replay", "observe"]
+
+
+@dataclass(frozen=True, slots=True)
+class SessionOptions:
+    """What a run was asked to do."""
+
+    command: tuple[str, ...]
+    service: str | None  # None: derived from the command
+    models: tuple[Path, ...]  # --model, or found in the command
+    models_are_all: bool  # --model was given: nothing else is to be observed
+    memory_bytes: int | None
+    cache: CacheMode
+    templates: Path
+    fingerprints: Path
+    sampling: bool
+
+
+class Session:
+    """Prefetches for one program.
+
+    Args:
+        options: what was asked for.
+        policy: not started yet.
+        pid: the program, about to run or just started.
+        instance: a tracefs instance that follows it already; None observes through /proc.
+        environment: the program's.
+        started_s: time.monotonic() of its start.
+    """
+
+    def __init__(
+        self,
+        options: SessionOptions,
+        policy: Policy,
+        pid: int,
+        instance: Instance | None,
+        environment: Mapping[str, str],
+        started_s: float,
+    ) -> None:
+        self._options = options
+        self._policy = policy
+        self._pid = pid
+        self._environment = environment
+        self._started_s = started_s
+        self.warnings: list[str] = []
+        self._files = ModelFiles(options.models)
+        self.service = options.service or service_id(options.command, self._files.roots, environment, os.getcwd())
+        self._store = TemplateStore(options.templates)
+        self._fingerprints = FingerprintCache(options.fingerprints)
+        self._ledger = Ledger()
+        self._template = None if isinstance(policy, Native) else self._load_template()
+        self.mode: Mode = "observe" if isinstance(policy, Native) else "replay" if self._template else "record"
+        groups = self._template.groups if self._template else ()
+        self._recorder = Recorder(groups)
+        self._observer = self._make_observer(instance)
+        self._headroom = Headroom(pid, options.memory_bytes)
+        budget = self._headroom.read()
+        policy.start(Context(tuple(self._files), groups, budget.bytes, budget.keep_bytes))
+        self._runtime = Runtime(
+            policy,
+            self._observer,
+            ledger=self._ledger,
+            recorder=self._recorder,
+            headroom=self._headroom,
+            cache=options.cache,
+            model_bytes=self.model_bytes,
+            node_of_worker=self._node_finder(),
+            sampling=options.sampling,
+            clock_start_s=started_s,
+            on_quiet=self._store_template,
+        )
+
+    @property
+    def observer(self) -> str:
+        """Name of the observer in use."""
+        return self._observer.name
+
+    def begin(self) -> None:
+        """Start prefetching and observing."""
+        self._runtime.start()
+
+    def finish(self) -> Outcome:
+        """The program has ended: store what was recorded and take everything back."""
+        outcome = self._runtime.stop()
+        self.warnings += outcome.warnings
+        if self._policy.mismatch:
+            self.warnings.append(f"the template did not fit this run ({self._policy.mismatch}); recorded anew")
+        self._store_template()
+        with contextlib.suppress(OSError):
+            self._observer.stop()
+        self._headroom.close()
+        self._ledger.close()
+        return outcome
+
+    def model_bytes(self) -> int:
+        """What the program will read: the template's, or the files that go with those it has read."""
+        if self._template is not None:
+            files = {identity.name: identity.size_bytes for identity in self._template.files}
+            return min(self._template.bytes_read, sum(files.values()))
+        read = {record.file for record in self._ledger.records()}
+        suffixes = {os.path.splitext(file.path)[1] for file in read}
+        return sum(file.size_bytes for file in self._files if os.path.splitext(file.path)[1] in suffixes)
+
+    def _load_template(self) -> Template | None:
+        """The service's template, if it is whole and its files are the recorded ones."""
+        try:
+            template = self._store.load(self.service)
+            if template is not None:
+                self._check(template)
+        except TemplateError as error:
+            self.warnings.append(f"{error}; recording anew")
+            return None
+        except OSError as error:
+            self.warnings.append(f"the template cannot be read: {error}")
+            return None
+        return template
+
+    def _check(self, template: Template) -> None:
+        """Raises TemplateStaleError unless every file is there and is what was recorded."""
+        if not self._files.roots and template.root_hint and Path(template.root_hint).is_dir():
+            self._files.add_root(Path(template.root_hint))
+        for identity in template.files:
+            file = self._files.by_name(identity.name)
+            if file is None:
+                raise TemplateStaleError(f"the template is stale: {identity.name} is not there any more")
+            if file.size_bytes != identity.size_bytes:
+                raise TemplateStaleError(
+                    f"the template is stale: {file.path} had {identity.size_bytes} bytes, now {file.size_bytes}"
+                )
+            if self._fingerprints.get(file) != identity.fingerprint:
+                raise TemplateStaleError(f"the template is stale: {file.path} has other contents")
+
+    def _make_observer(self, instance: Instance | None) -> Observer:
+        if instance is not None:
+            observer = TracefsObserver(
+                self._files, instance, only_known=self._options.models_are_all, keep_instance=True
+            )
+            try:
+                observer.start(self._pid)
+            except ObserverError as error:
+                self.warnings.append(f"observing through /proc instead: {error}")
+            else:
+                return observer
+        fallback = ProcessObserver(self._files, self._ledger, self._template.groups if self._template else ())
+        try:
+            fallback.start(self._pid)
+        except ObserverError as error:
+            self.warnings.append(str(error))
+        return fallback
+
+    def _node_finder(self) -> Callable[[int], int | None]:
+        """Worker number → NUMA node of its accelerator; None for all where there is but one node."""
+        if len(numa.nodes()) < 2:
+            return lambda _: None
+        known: dict[int, int | None] = {}
+
+        def node(worker: int) -> int | None:
+            if known.get(worker) is None:
+                pid = next((pid for pid, number in self._recorder.pids.items() if number == worker), None)
+                try:
+                    if pid is not None:
+                        known[worker] = worker_node(pid)
+                    else:  # not started yet: the devices are given out in order
+                        guess = accelerator_of({**self._environment, "LOCAL_RANK": str(worker)}, [])
+                        return guess.node() if guess else None
+                except (OSError, ProcessLookupError):
+                    known[worker] = None
+            return known[worker]
+
+        return node
+
+    def _store_template(self) -> None:
+        """Write the template once reading has stopped for a while, and again at the end if more was read."""
+        if self.mode == "observe" or (self.mode == "replay" and not self._policy.mismatch):
+            return
+        try:
+            root = str(self._files.roots[0]) if self._files.roots else ""
+            template = self._recorder.template(self.service, root, self._fingerprints.get)
+            if template is not None:
+                self._store.save(template)
+        except OSError as error:
+            text = f"the template could not be stored in {self._options.templates}: {error.strerror}"
+            if text not in self.warnings:
+                self.warnings.append(text)
