@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,19 +62,18 @@ class MemoryLimit:
         )
 
     def remove(self) -> None:
-        """Kill what is left inside and remove the cgroup."""
+        """Remove the cgroup, once it is empty; what is still inside after 5 s is killed."""
         os.close(self._procs)
         deadline = time.monotonic() + 5
         while True:
-            for pid in (self.path / "cgroup.procs").read_text().split():
-                try:
-                    os.kill(int(pid), 9)
-                except ProcessLookupError:
-                    continue
+            overdue = time.monotonic() > deadline
+            for pid in (self.path / "cgroup.procs").read_text().split() if overdue else ():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
             try:
                 self.path.rmdir()
             except OSError:
-                if time.monotonic() > deadline:
+                if time.monotonic() > deadline + 5:
                     raise
                 time.sleep(0.02)
             else:

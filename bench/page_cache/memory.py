@@ -18,6 +18,7 @@ READ_BYTES = 8 * MiB
 COLD_SHARE = 0.01
 RESIDENT_SHARE = 0.99
 _THREADS = 2
+_STALLED_BYTES = 512 * MiB
 
 
 def meminfo(name: str) -> int:
@@ -69,32 +70,37 @@ class Ballast:
         """Read ballast until little memory is free."""
         if self._path is None:
             return
-        read_bytes = 0
+        least_bytes, since_bytes = meminfo("MemFree"), 0
         while (excess_bytes := meminfo("MemFree") - FREE_BYTES) > 0:
-            if read_bytes > 2 * self._size_bytes:
-                raise BenchError(
-                    f"{format_size(meminfo('MemFree'))} stay free although {format_size(read_bytes)} of ballast "
-                    "were read; is the benchmark in a cgroup with a memory limit?"
-                )
             wanted = min(excess_bytes // READ_BYTES + 1, STEP_BYTES // READ_BYTES)
-            read_bytes += sum(self._pool.map(self._read, *zip(*self._next(wanted), strict=True)))
+            starts = self._next(wanted)
+            since_bytes += sum(self._pool.map(self._read, [self._fd] * wanted, range(wanted), starts))
+            if excess_bytes + FREE_BYTES < least_bytes:
+                least_bytes, since_bytes = excess_bytes + FREE_BYTES, 0
+            elif since_bytes > _STALLED_BYTES:  # the kernel reclaims as fast as we read: memory is full
+                if least_bytes > 2 * FREE_BYTES:
+                    raise BenchError(
+                        f"{format_size(least_bytes)} stay free although {format_size(since_bytes)} of ballast were "
+                        "read; is the benchmark in a cgroup with a memory limit, or does another process free memory?"
+                    )
+                return
 
-    def _next(self, count: int) -> list[tuple[int, int]]:
-        """Buffer and offset of the next reads; ballast that is still cached is passed over, not made young."""
-        reads: list[tuple[int, int]] = []
+    def _next(self, count: int) -> list[int]:
+        """Offsets of the next reads; ballast that is still cached is passed over, not made young."""
+        reads: list[int] = []
         passed_bytes = 0
         while len(reads) < count:
             start = self._position
             self._position = (start + READ_BYTES) % self._size_bytes
             if self._residency.resident_bytes(start, start + READ_BYTES) < READ_BYTES // 2:
-                reads.append((len(reads), start))
+                reads.append(start)
             elif (passed_bytes := passed_bytes + READ_BYTES) > self._size_bytes:
                 raise BenchError("all of the ballast is cached and memory is still free")
         return reads
 
-    def _read(self, index: int, start: int) -> int:
-        # Two reads may share a buffer: what they read is zeros.
-        return os.preadv(self._fd, [self._buffers[index % _THREADS]], start)
+    def _read(self, fd: int, index: int, start: int) -> int:
+        # Two reads may meet in a buffer: nobody looks at what they read.
+        return os.preadv(fd, [self._buffers[index % _THREADS]], start)
 
     def make_cold(self, files: list[Path]) -> None:
         """Swap the files' pages against ballast.
@@ -125,19 +131,14 @@ class Ballast:
         for path in files:
             with path.open("rb", buffering=0) as file:
                 residency = FileResidency(file.fileno())
+                size_bytes = path.stat().st_size
                 starts = [
                     start
-                    for start in range(0, path.stat().st_size, READ_BYTES)
-                    if not residency.is_resident(start, min(start + READ_BYTES, path.stat().st_size))
+                    for start in range(0, size_bytes, READ_BYTES)
+                    if not residency.is_resident(start, min(start + READ_BYTES, size_bytes))
                 ]
-                reads = [(index % _THREADS, start) for index, start in enumerate(starts)]
-                for first in range(0, len(reads), _THREADS):
-                    batch = reads[first : first + _THREADS]
-                    list(
-                        self._pool.map(
-                            lambda read, fd=file.fileno(): os.preadv(fd, [self._buffers[read[0]]], read[1]), batch
-                        )
-                    )
+                count = len(starts)
+                list(self._pool.map(self._read, [file.fileno()] * count, range(count), starts))
         self.fill()
         if (share := resident_share(files)) < RESIDENT_SHARE:
             raise RunError(f"only {share:.1%} of the model can be kept in the cache; it needs more memory")

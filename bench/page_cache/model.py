@@ -108,9 +108,7 @@ def expected(model: Model, client: str) -> Contents:
     contents = _contents(_pieces(files, client))
     beside = store.with_suffix(".partial")
     beside.write_text(
-        json.dumps(
-            {"files": key, "bytes": contents.bytes, "samples": contents.samples, "crcs": contents.crcs}
-        )
+        json.dumps({"files": key, "bytes": contents.bytes, "samples": contents.samples, "crcs": contents.crcs})
     )
     beside.replace(store)
     return contents
@@ -147,8 +145,7 @@ def _gguf_pieces(path: Path) -> list[Piece]:
 
     tensors = GGUFReader(path).tensors
     return [
-        Piece(tensor.name, path, tensor.data_offset, tensor.data_offset + int(tensor.n_bytes))
-        for tensor in tensors
+        Piece(tensor.name, path, tensor.data_offset, tensor.data_offset + int(tensor.n_bytes)) for tensor in tensors
     ]
 
 

@@ -122,7 +122,7 @@ def test_a_failed_save_leaves_the_old_report(tmp_path: Path) -> None:
 
 def test_the_first_line_has_the_figures() -> None:
     assert summary_lines(REPORT) == [
-        "penstock: replayed llama-3b: 6.0 GiB read in 4.1 s (1.6 GB/s), 5.9 GiB prefetched, 0 B unused"
+        "penstock: replayed llama-3b: 6.0 GiB read in 4.1 s (1.57 GB/s), 5.9 GiB prefetched, 0 B unused"
     ]
 
 

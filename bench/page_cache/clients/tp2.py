@@ -65,9 +65,7 @@ def _launch() -> int:
                 "bytes": sum(result["bytes"] for result in results),
                 "samples": sum(result["samples"] for result in results) % (1 << 64),
                 "pieces": {name: crc for result in results for name, crc in result["pieces"].items()},
-                "phases": {
-                    name: max(result["phases"][name] for result in results) for name in results[0]["phases"]
-                },
+                "phases": {name: max(result["phases"][name] for result in results) for name in results[0]["phases"]},
             }
         )
     )

@@ -78,27 +78,35 @@ def _files_at(paths: tuple[Path, ...]) -> list[Path]:
 
 
 def _look_at(path: Path) -> _File:
-    from penstock.linux.pagecache import FileResidency
+    from penstock.linux.pagecache import FileResidency, ResidencyMethod
 
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             size_bytes = os.fstat(fd).st_size
             residency = FileResidency(fd)
-            resident_bytes = residency.resident_bytes(0, size_bytes)
-            return _File(path, size_bytes, resident_bytes, residency.method, _bar(residency, size_bytes))
+            bar, in_cells_bytes = _bar(residency, size_bytes)
+            if residency.method is ResidencyMethod.NOWAIT:
+                resident_bytes = in_cells_bytes  # each question reads its page in: ask once
+            else:
+                resident_bytes = residency.resident_bytes(0, size_bytes)
+            return _File(path, size_bytes, resident_bytes, residency.method, bar)
         finally:
             os.close(fd)
     except OSError as error:
         raise click.ClickException(f"{path}: {error.strerror or error}") from error
 
 
-def _bar(residency: FileResidency, size_bytes: int) -> str:
-    """The cells' shades. Cells end at pages, so that no page counts in two; a small file's cells share pages."""
+def _bar(residency: FileResidency, size_bytes: int) -> tuple[str, int]:
+    """The cells' shades, and the bytes cached in them.
+
+    Cells end at pages, so that no page counts in two; only the cells of a file of fewer pages share them.
+    """
     from penstock.linux.pagecache import PAGE_BYTES
 
     pages = -(-size_bytes // PAGE_BYTES)
     shades = []
+    total_bytes = 0
     for cell in range(_CELLS):
         first = pages * cell // _CELLS
         start = first * PAGE_BYTES
@@ -106,9 +114,11 @@ def _bar(residency: FileResidency, size_bytes: int) -> str:
         if start >= stop:
             shades.append("░")
             continue
-        fraction = residency.resident_bytes(start, stop) / (stop - start)
+        resident_bytes = residency.resident_bytes(start, stop)
+        total_bytes += resident_bytes
+        fraction = resident_bytes / (stop - start)
         shades.append("░" if fraction == 0 else "▒" if fraction <= 0.5 else "▓" if fraction < 1 else "█")
-    return "".join(shades)
+    return "".join(shades), min(total_bytes, size_bytes)
 
 
 def _figures(resident_bytes: int, size_bytes: int) -> str:
@@ -123,8 +133,7 @@ def _explain(files: list[_File]) -> None:
     methods = {file.method for file in files}
     if ResidencyMethod.NOWAIT in methods:
         click.echo(
-            "Sampled, one page in each MiB: the kernel counts the cached pages only for a file's owner, or who "
-            "may write it.",
+            "Sampled: the kernel counts the cached pages only for a file's owner, or who may write it.",
             err=True,
         )
     if ResidencyMethod.ALWAYS in methods:

@@ -59,7 +59,7 @@ class Loader:
         self._active = 0
         self._closing = False
         self._interruptions = 0
-        self._method = "populate"
+        self._method = os.environ.get("PM", "populate")
         self._warnings: list[str] = []
         self._threads = [
             threading.Thread(target=self._work, name=f"penstock-loader-{number}", daemon=True)

@@ -52,7 +52,8 @@ class Recorder:
         Raises:
             OSError: a file cannot be read to be fingerprinted.
         """
-        groups = tuple(self._recorders[worker].ranges() for worker in sorted(self._recorders))
+        sizes = {name: file.size_bytes for name, file in self._files.items()}
+        groups = tuple(self._recorders[worker].ranges(sizes) for worker in sorted(self._recorders))
         if not groups:
             return None
         names = dict.fromkeys(part.name for group in groups for part in group)

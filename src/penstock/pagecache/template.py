@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,8 @@ SUFFIX = ".template.json"
 
 _SAMPLES = 16
 _SAMPLE_BYTES = 4 * KiB
-_MERGE_GAP_BYTES = 1 * MiB  # holes smaller than this are read along: cheaper than a request of their own
+_MERGE_GAP_BYTES = 4 * MiB  # holes smaller than this are read along: two folios that were touched between polls
+_TAIL_BYTES = 64 * MiB  # a reader that came this close to the end has read it, if its mapping went before a poll
 _OPEN_RUNS = 16  # readers with a thread pool load several tensors at once
 
 
@@ -191,8 +192,12 @@ class GroupRecorder:
         if len(self._open) > _OPEN_RUNS:
             del self._open[0]
 
-    def ranges(self) -> tuple[Range, ...]:
-        """The ranges so far; those that touch in time and in the file are one."""
+    def ranges(self, sizes: Mapping[str, int]) -> tuple[Range, ...]:
+        """The ranges so far; those that touch in time and in the file are one.
+
+        Args:
+            sizes: bytes of each file: a range that ends just before the end is taken to have reached it.
+        """
         merged: list[_Run] = []
         for run in self._runs:
             last = merged[-1] if merged else None
@@ -200,7 +205,16 @@ class GroupRecorder:
                 last.stop = max(last.stop, run.stop)
             else:
                 merged.append(_Run(run.name, run.start, run.stop))
-        return tuple(Range(run.name, run.start, run.stop) for run in merged)
+        ends = {run.name: max(r.stop for r in merged if r.name == run.name) for run in merged}
+        return tuple(
+            Range(run.name, run.start, sizes[run.name] if _reaches_end(run, ends, sizes) else run.stop)
+            for run in merged
+        )
+
+
+def _reaches_end(run: _Run, ends: Mapping[str, int], sizes: Mapping[str, int]) -> bool:
+    length = min(_TAIL_BYTES, sizes[run.name] // 8)
+    return run.stop == ends[run.name] and run.stop + length >= sizes[run.name]
 
 
 class TemplateStore:
@@ -262,7 +276,8 @@ class TemplateStore:
                 if not named:
                     with contextlib.suppress(FileNotFoundError):
                         partial.unlink()
-                    os.link(f"/proc/self/fd/{file.fileno()}", partial)
+                    # With a directory descriptor os.link() is linkat(AT_SYMLINK_FOLLOW); without, it links the link.
+                    os.link(f"/proc/self/fd/{file.fileno()}", partial, src_dir_fd=file.fileno())
             os.replace(partial, path)
         except BaseException:
             with contextlib.suppress(OSError):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from penstock.errors import ReportError, UnsupportedError
 from penstock.report.report import Report
-from penstock.units import GiB
+from penstock.units import GiB, MiB
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,7 +44,7 @@ def plot(reports: Sequence[tuple[str, Report]], out: Path, device_limit_bytes_pe
 
     Three panels share the time since the programs' starts: a row for each run with its start, first access,
     last access and end; the bandwidth of the device in GB/s, over bins of 100 ms; what of the model was
-    cached and what the program had accessed, in GiB.
+    cached and what the program had accessed, in GiB (MiB for less than one).
 
     Raises:
         UnsupportedError: matplotlib is not installed.
@@ -106,15 +106,17 @@ def bandwidth_bins(report: Report) -> tuple[NDArray[np.float64], NDArray[np.floa
 
 
 def _series(report: Report, name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Times and values of the samples, from nothing at the start."""
+    """Times and values of the samples. The sums start at nothing; what was cached is known from the first on."""
     import numpy as np
 
-    times = np.array([0.0, *(sample.t_s for sample in report.timeline)])
-    values = np.array([0.0, *(float(getattr(sample, name)) for sample in report.timeline)])
-    if name == "resident_bytes" and len(values) > 1:
-        values[0] = values[1]  # what is cached already at the start was not read in an instant
-    order = np.argsort(times, kind="stable")
-    return times[order], values[order]
+    points = [(sample.t_s, float(getattr(sample, name))) for sample in report.timeline]
+    first_s = points[0][0] if points else 0.0
+    if name == "accessed_bytes" and report.first_access_s is not None and report.first_access_s < first_s:
+        points.insert(0, (report.first_access_s, 0.0))
+    if name != "resident_bytes" or not points:
+        points.insert(0, (0.0, 0.0))
+    points.sort(key=lambda point: point[0])
+    return np.array([t_s for t_s, _ in points]), np.array([value for _, value in points])
 
 
 def _end_s(report: Report) -> float:
@@ -175,17 +177,20 @@ def _draw_bandwidth(axes: Axes, reports: Sequence[tuple[str, Report]], limit: fl
 def _draw_bytes(axes: Axes, reports: Sequence[tuple[str, Report]]) -> None:
     from matplotlib.lines import Line2D
 
+    peak_bytes = max((s.resident_bytes for _, report in reports for s in report.timeline), default=0)
+    peak_bytes = max(peak_bytes, max(report.bytes_accessed for _, report in reports))
+    unit, unit_bytes = ("GiB", GiB) if peak_bytes >= GiB else ("MiB", MiB)
     for number, (_, report) in enumerate(reports):
         for name, style in (("resident_bytes", _CACHED), ("accessed_bytes", _ACCESSED)):
             times, values = _series(report, name)
-            axes.plot(times, values / GiB, color=_colour(number), **style)
+            axes.plot(times, values / unit_bytes, color=_colour(number), **style)
     axes.set_ylim(bottom=0)
     axes.margins(y=0.1)
     keys = [
         Line2D([], [], color=_INK, label="cached", **_CACHED),
         Line2D([], [], color=_INK, label="accessed", **_ACCESSED),
     ]
-    _title(axes, "of the model, GiB", keys)
+    _title(axes, f"of the model, {unit}", keys)
 
 
 def _mark_accesses(axes: Axes, reports: Sequence[tuple[str, Report]]) -> None:

@@ -139,7 +139,7 @@ def summary_lines(report: Report) -> list[str]:
     else:
         first = f"{format_size(report.bytes_accessed)} read in {report.last_access_s:.1f} s"
         if report.last_access_s > 0:
-            first += f" ({report.bytes_accessed / report.last_access_s / 1e9:.1f} GB/s)"
+            first += f" ({report.bytes_accessed / report.last_access_s / 1e9:.2f} GB/s)"
     if report.bytes_prefetched:
         first += f", {format_size(report.bytes_prefetched)} prefetched"
         first += f", {format_size(report.bytes_prefetched_unused)} unused"

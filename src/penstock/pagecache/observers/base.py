@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from penstock.linux import process
+from penstock.linux.pagecache import PAGE_BYTES
 from penstock.linux.process import Mapping, OpenFile
 from penstock.pagecache.base import ModelFile
 from penstock.pagecache.evictor import MappedPart
@@ -199,7 +200,8 @@ class ProcessTree:
         assert known.pagemap is not None
         shift = mapped.mapping.start - mapped.start
         for low, high in mapped.touched.missing(mapped.start, mapped.stop):
-            for first, last in known.pagemap.present_ranges(low + shift, high + shift).tolist():
+            last_page = -(-(high + shift) // PAGE_BYTES) * PAGE_BYTES  # of a file that ends within it
+            for first, last in known.pagemap.present_ranges(low + shift, last_page).tolist():
                 start, stop = first - shift, min(last - shift, mapped.stop)
                 mapped.touched.add(start, stop)
                 found.append(Observed(known.pid, mapped.file, start, stop))

@@ -21,7 +21,7 @@ from penstock.units import MiB
 _PIECE_BYTES = 64 * MiB  # several workers' reads are interleaved in pieces of this size
 _JUMP_BYTES = 16 * MiB  # backwards by less is a thread pool's disorder
 _JUMPS = 3  # this many unforeseen jumps: the template is another program's
-_UNKNOWN_BYTES = 64 * MiB  # or this much that it does not name
+_UNKNOWN_BYTES = 64 * MiB  # or this much, and 5% of the template, that it does not name
 
 
 class _Group:
@@ -64,6 +64,7 @@ class Maio(Policy):
         self._ahead = ReadAhead(context.files, max(64 * MiB, context.budget_bytes // 2))
         self._jumps = 0
         self._unknown_bytes = 0
+        self._unknown_share_bytes = sum(group.total_bytes for group in self._groups) // 20
         self.mismatch = ""
         self._passed: dict[int, deque[tuple[ModelFile, int, int, int]]] = {}  # by worker: read, not yet burnt
         self._read_bytes: dict[int, int] = {}  # by worker
@@ -83,8 +84,10 @@ class Maio(Policy):
         if group is None or position is None:
             if access.miss:
                 self._unknown_bytes += access.stop - access.start
-                if self._unknown_bytes > _UNKNOWN_BYTES:
+                if self._unknown_bytes > _UNKNOWN_BYTES + self._unknown_share_bytes:
                     return self._leave_template(access, "it reads what its template does not name")
+                ahead = self._ahead.prefetch(access)
+                return [*ahead, *self._remaining()] if ahead else ()
             return ()
         before = group.position
         end = position + access.stop - access.start
