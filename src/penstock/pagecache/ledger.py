@@ -88,6 +88,11 @@ class Ledger:
                 self._waiting_bytes += record.waiting.add(low, high)
             return missing
 
+    def is_accessed(self, record: FileRecord, start: int, stop: int) -> bool:
+        """Whether the program has read all of a range."""
+        with self._lock:
+            return record.accessed.covers(start, stop)
+
     def settle(self, record: FileRecord, start: int, stop: int, read_bytes: int) -> None:
         """A claimed range is done: read_bytes of it had to be read, the rest was cached already."""
         with self._lock:
@@ -109,8 +114,11 @@ class Ledger:
             self._evicted_bytes += freed_bytes
 
     def resident_bytes(self) -> int:
-        """Cached bytes of all files, asked from the kernel."""
-        return sum(r.residency.resident_bytes(0, r.file.size_bytes) for r in self.records())
+        """Cached bytes of all files: asked from the kernel, or what should be there where asking is not exact."""
+        return sum(
+            r.residency.resident_bytes(0, r.file.size_bytes) if r.residency.exact else r.present.total
+            for r in self.records()
+        )
 
     def totals(self) -> LedgerTotals:
         """The sums at this moment."""

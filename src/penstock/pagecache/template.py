@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from penstock.errors import TemplateFormatError
+from penstock.errors import TemplateError, TemplateFormatError
 from penstock.linux.pagecache import PAGE_BYTES
 from penstock.pagecache.base import Range
 from penstock.units import KiB, MiB
@@ -302,7 +302,7 @@ class TemplateStore:
             return False
         return True
 
-    def __iter__(self) -> Iterator[tuple[Path, Template | TemplateFormatError]]:
+    def __iter__(self) -> Iterator[tuple[Path, Template | TemplateError]]:
         """Every template file with its contents, or with why it cannot be read, by name."""
         for path in sorted(self.directory.glob(f"*{SUFFIX}")):
             try:
@@ -311,3 +311,7 @@ class TemplateStore:
                 yield path, error
             except UnicodeDecodeError as error:
                 yield path, TemplateFormatError(f"{path}: not text ({error})")
+            except FileNotFoundError:
+                continue  # deleted since the listing
+            except OSError as error:
+                yield path, TemplateError(f"{path}: cannot be read: {error.strerror}")

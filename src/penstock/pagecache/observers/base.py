@@ -173,14 +173,6 @@ class ProcessTree:
         self._ignored.add((device, inode))
         return None
 
-    def is_ignored(self, device: int, inode: int) -> bool:
-        """Whether a file was seen and is none of the model's."""
-        return (device, inode) in self._ignored
-
-    def ignore(self, device: int, inode: int) -> None:
-        """Do not look for this file again."""
-        self._ignored.add((device, inode))
-
     def touched(self) -> list[Observed]:
         """Pages newly present in the mappings of model files, in file order within each mapping."""
         found = []
@@ -244,13 +236,6 @@ class ProcessTree:
             for mapped in known.mappings.values()
             if mapped.file == file
         ]
-
-    def forget_touched(self, file: ModelFile, start: int, stop: int) -> None:
-        """A range was evicted: touching it again is to be seen again."""
-        for known in self._processes.values():
-            for mapped in known.mappings.values():
-                if mapped.file == file:
-                    mapped.touched.remove(start, stop)
 
     def _forget(self, pid: int) -> None:
         known = self._processes.pop(pid, None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from penstock.errors import ObserverError, UnsupportedError
 from penstock.linux.ringbuffer import Events, decode_pages
@@ -17,8 +18,9 @@ from penstock.pagecache.base import ModelFile
 from penstock.pagecache.evictor import MappedPart
 from penstock.pagecache.files import ModelFiles
 from penstock.pagecache.observers.base import Observed, Observer, ProcessTree
-from penstock.units import MiB
+from penstock.units import KiB, MiB
 
+_SMALLEST_FILE_BYTES = 256 * KiB
 _LONGEST_READ_BYTES = 32 * MiB  # one event tells of a whole read(2); its pages come in steps of this at most
 
 
@@ -49,6 +51,7 @@ class TracefsObserver(Observer):
         self._keep_instance = keep_instance
         self._tree: ProcessTree | None = None
         self._process_of_thread: dict[int, int] = {}
+        self._given_up: set[tuple[int, int]] = set()  # device and inode of files that were looked for in vain
         self._pid = 0
 
     def start(self, pid: int) -> None:
@@ -71,57 +74,75 @@ class TracefsObserver(Observer):
         if self._instance is None or self._tree is None:
             return ()
         events = decode_pages(self._instance.read_pages(), self._instance.formats)
-        found = self._observed(events) if len(events) else []
         self._tree.refresh()
+        found = self._observed(events) if len(events) else []
         found += self._tree.touched()
         if self._misses_only:
             found += self._tree.moved_positions()
         return found
 
     def _observed(self, events: Events) -> list[Observed]:
-        assert self._tree is not None
-        found: list[Observed] = []
-        # A stable sort by file and thread keeps each reader's own order; readers interleave at the poll anyway.
-        order = np.lexsort((events["thread"], events["inode"], events["device"]))
-        events = events[order]
-        key_change = np.ones(len(events), bool)
-        key_change[1:] = (
-            (events["thread"][1:] != events["thread"][:-1])
-            | (events["inode"][1:] != events["inode"][:-1])
-            | (events["device"][1:] != events["device"][:-1])
-        )
+        files, number = self._files_of(events)
+        chosen = number >= 0
+        # Stable: each reader keeps its own order. Readers that interleave within one poll are told apart.
+        order = np.lexsort((events["thread"][chosen], number[chosen]))
+        number, events = number[chosen][order], events[chosen][order]
+        if not len(events):
+            return []
         start = events["start"]
         stop = np.minimum(events["stop"], start + _LONGEST_READ_BYTES)
-        run_change = key_change.copy()
-        run_change[1:] |= (start[1:] > stop[:-1]) | (start[1:] < start[:-1])
-        firsts = np.flatnonzero(run_change)
-        stops = np.maximum.reduceat(stop, firsts)
-        times = events["time_ns"][firsts]
-        for index in np.argsort(times, kind="stable").tolist():
-            event = events[firsts[index]]
-            file = self._file(int(event["device"]), int(event["inode"]))
-            if file is not None and int(event["start"]) < file.size_bytes:
-                found.append(
-                    Observed(
-                        self._process(int(event["thread"])),
-                        file,
-                        int(event["start"]),
-                        min(int(stops[index]), file.size_bytes),
-                    )
-                )
-        return found
+        begins = np.ones(len(events), bool)
+        begins[1:] = (
+            (events["thread"][1:] != events["thread"][:-1])
+            | (number[1:] != number[:-1])
+            | (start[1:] > stop[:-1])
+            | (start[1:] < start[:-1])
+        )
+        firsts = np.flatnonzero(begins)
+        runs = zip(
+            events["time_ns"][firsts].tolist(),
+            events["thread"][firsts].tolist(),
+            number[firsts].tolist(),
+            start[firsts].tolist(),
+            np.maximum.reduceat(stop, firsts).tolist(),
+            strict=True,
+        )
+        return [
+            Observed(self._process(thread), files[index], first, min(last, files[index].size_bytes))
+            for _, thread, index, first, last in sorted(runs)
+            if first < files[index].size_bytes
+        ]
 
-    def _file(self, device: int, inode: int) -> ModelFile | None:
+    def _files_of(self, events: Events) -> tuple[list[ModelFile], NDArray[np.int64]]:
+        """The model files among the events, and each event's index in them or -1.
+
+        A program reads thousands of small files while it starts: none of them is worth looking for in /proc.
+        """
         assert self._tree is not None
-        if self._tree.is_ignored(device, inode):
-            return None
-        file = self._files.get(device, inode)
-        if file is None and not self._only_known:
+        keys, inverse = np.unique(events["inode"], return_inverse=True)
+        reach = np.zeros(len(keys), np.int64)
+        np.maximum.at(reach, inverse, events["stop"])
+        devices = np.zeros(len(keys), np.int64)
+        devices[inverse] = events["device"]  # two devices with one inode number: told apart below
+        pairs = list(zip(devices.tolist(), keys.tolist(), strict=True))
+        unknown = [
+            pair
+            for pair, stop in zip(pairs, reach.tolist(), strict=True)
+            if stop >= _SMALLEST_FILE_BYTES and pair not in self._given_up and self._files.get(*pair) is None
+        ]
+        if unknown and not self._only_known:
             self._tree.refresh(force=True)
-            file = self._files.get(device, inode)
-        if file is None:
-            self._tree.ignore(device, inode)
-        return file
+        self._given_up.update(unknown)  # the process tree may still find them later, by their paths
+        files: list[ModelFile] = []
+        number = np.full(len(keys), -1, np.int64)
+        for index, pair in enumerate(pairs):
+            file = self._files.get(*pair)
+            if file is not None:
+                number[index] = len(files)
+                files.append(file)
+        result = number[inverse]
+        result[events["device"] != devices[inverse]] = -1
+        return files, result
 
     def _process(self, thread: int) -> int:
         pid = self._process_of_thread.get(thread)

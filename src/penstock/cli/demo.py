@@ -1,0 +1,477 @@
+"""`penstock demo`: one reader and one model, cold each time: without penstock, recording, replaying."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+import click
+
+from penstock.errors import PenstockError
+from penstock.units import KiB, MiB, format_size, parse_size
+
+_PREFIX = "penstock-demo-"
+_KEPT_PREFIX = "penstock-kept-demo-"  # not swept away by a later demo
+_PLOT = "demo.png"
+_LEAST_BYTES = 64 * MiB  # less than this says nothing
+_SHARE = 0.9  # of the room and of the memory budget: others need some too
+_WORTH_TELLING = 0.95  # of the native time; runs differ by a few percent
+_COLD_SHARE = 0.01  # of the model may be cached when a cold run begins
+_NEAR = 0.75  # of the device's bandwidth, or of the time: that much explains the rest
+_DROP_TRIES = 20
+_DROP_PAUSE_S = 0.05
+_STOP_S = 5.0
+
+# What a loader does, without a framework: the mapping's pages are copied into memory that stands in for pinned
+# buffers on the way to a device, and the host keeps nothing. It knows nothing of penstock.
+_READER = '''\
+"""Copies every tensor of a safetensors checkpoint through a ring, and sums up all of it."""
+import json, mmap, resource, struct, sys, zlib
+from pathlib import Path
+
+import numpy as np
+
+CHUNK = 4 << 20
+ring = np.ones(16 * CHUNK, np.uint8)
+slot = checksum = total = 0
+for path in sorted(Path(sys.argv[1]).glob("*.safetensors")):
+    with path.open("rb") as file:
+        data = np.frombuffer(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ), np.uint8)
+    (length,) = struct.unpack("<Q", data[:8].tobytes())
+    header = json.loads(data[8 : 8 + length].tobytes())
+    header.pop("__metadata__", None)
+    for name, tensor in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        start, stop = (8 + length + offset for offset in tensor["data_offsets"])
+        for first in range(start, stop, CHUNK):
+            count = min(CHUNK, stop - first)
+            copy = ring[slot * CHUNK : slot * CHUNK + count]
+            np.copyto(copy, data[first : first + count])
+            words = int(copy[: count // 8 * 8].view(np.uint64).sum()) + int(copy[count // 8 * 8 :].sum())
+            checksum = zlib.crc32(f"{name} {first} {words}".encode(), checksum)
+            slot, total = (slot + 1) % 16, total + count
+    del data
+disk = resource.getrusage(resource.RUSAGE_SELF).ru_inblock * 512
+print(json.dumps({"bytes": total, "checksum": f"{checksum:08x}", "disk_bytes": disk}))
+'''
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """One run of the reader, seen from outside."""
+
+    name: str
+    seconds: float  # of the whole command
+    bytes: int
+    checksum: str
+    disk_bytes: int  # that the reader waited for itself
+
+
+@dataclass(frozen=True, slots=True)
+class _Disk:
+    """What the model lies on; None and "" where that is not known."""
+
+    name: str
+    read_ahead_kib: int | None
+    bytes_per_s: float | None
+
+
+def _size(_context: click.Context, _parameter: click.Parameter, text: str) -> int:
+    try:
+        size_bytes = parse_size(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+    if size_bytes <= 0:
+        raise click.BadParameter(f"{text!r} is nothing; ask for some hundred MiB at least")
+    return size_bytes
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  penstock demo
+  penstock demo --size 8GiB --dir /models
+"""
+)
+@click.option(
+    "--size",
+    "size_bytes",
+    metavar="SIZE",
+    default="2GiB",
+    show_default=True,
+    callback=_size,
+    help="Of the model; less where room or memory want it.",
+)
+@click.option(
+    "--dir",
+    "directory",
+    metavar="DIR",
+    type=click.Path(exists=True, file_okay=False, writable=True, path_type=Path),
+    help="Generate the model below this, on the disk to see.  [default: here, else in the user's cache]",
+)
+@click.option("--keep", is_flag=True, help="Leave the model, the reader and the reports there.")
+@click.pass_context
+def demo(context: click.Context, size_bytes: int, directory: Path | None, keep: bool) -> None:
+    """Load a generated model cold: without penstock, recording, and replaying.
+
+    The reader is a small program that maps the model's files and copies every tensor; the time is that of the
+    whole command. Before each cold run the files are dropped from the page cache. Nothing on the machine is
+    changed, and what was generated is removed at the end. Draws demo.png into the current directory where
+    matplotlib is installed.
+    """
+    with _stopping_on_signals():
+        try:
+            parent = _place(directory)
+            fitting_bytes, why = _fit(size_bytes, parent)
+            if why:
+                click.echo(f"{format_size(size_bytes)} is too much here: {why}. Going on with less.", err=True)
+            with _workplace(parent, keep=keep) as workplace:
+                _show(workplace, fitting_bytes)
+                if keep:
+                    click.echo(f"Kept in {workplace}: {', '.join(sorted(os.listdir(workplace)))}")
+        except (PenstockError, OSError) as error:
+            raise click.ClickException(str(error)) from error
+        except KeyboardInterrupt:
+            click.echo("Interrupted.", err=True)
+            context.exit(130)
+
+
+@contextlib.contextmanager
+def _stopping_on_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP unwind as Ctrl-C does, so that everything is taken back."""
+
+    def stop(number: int, _frame: FrameType | None) -> NoReturn:
+        sys.exit(128 + number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _place(directory: Path | None) -> Path:
+    """Where the model goes: a disk, because what lies in memory is never cold.
+
+    Raises:
+        click.ClickException: there is no such place.
+    """
+    import platformdirs
+
+    candidates = [directory] if directory else [Path.cwd(), platformdirs.user_cache_path("penstock")]
+    for candidate in candidates:
+        with contextlib.suppress(PermissionError, FileNotFoundError):
+            if candidate is not directory and candidate != Path.cwd():
+                candidate.mkdir(parents=True, exist_ok=True)
+            if _can_be_cold(candidate):
+                return candidate.resolve()
+    raise click.ClickException(
+        f"{' and '.join(map(str, candidates))}: not writable, or in memory, where nothing is ever cold; "
+        "choose a directory on a disk with --dir"
+    )
+
+
+def _can_be_cold(directory: Path) -> bool:
+    """Whether the page cache lets go of files there: tried, because no name of a file system says so."""
+    with tempfile.TemporaryFile(dir=directory) as file:
+        file.write(bytes(256 * KiB))
+        file.flush()
+        os.fsync(file.fileno())
+        return _drop([file.fileno()]) == 0
+
+
+def _drop(descriptors: Sequence[int]) -> int:
+    """Drop files from the page cache; returns how many of their bytes stay."""
+    from penstock.linux.pagecache import FileResidency, drop
+
+    for _ in range(_DROP_TRIES):
+        stayed = 0
+        for descriptor in descriptors:
+            drop(descriptor)
+            stayed += FileResidency(descriptor).resident_bytes(0, os.fstat(descriptor).st_size)
+        if not stayed:
+            break
+        time.sleep(_DROP_PAUSE_S)  # pages that another CPU has yet to put on its lists
+    return stayed
+
+
+def _fit(size_bytes: int, directory: Path) -> tuple[int, str]:
+    """The size that room and memory allow, and why it is less than asked for ("" where it is not).
+
+    Raises:
+        click.ClickException: there is too little for anything.
+    """
+    from penstock.pagecache.headroom import Headroom
+
+    headroom = Headroom(os.getpid())
+    budget = headroom.read()
+    headroom.close()
+    free_bytes = shutil.disk_usage(directory).free
+    most_bytes, why = min(
+        (int(free_bytes * _SHARE), f"{format_size(free_bytes)} are free in {directory}"),
+        (int(budget.bytes * _SHARE), f"{format_size(budget.bytes)} of page cache may be filled ({budget.source})"),
+    )
+    if size_bytes <= most_bytes:
+        return size_bytes, ""
+    if most_bytes < _LEAST_BYTES:
+        raise click.ClickException(f"{why}, too little for a demo of {format_size(_LEAST_BYTES)}")
+    return most_bytes // _LEAST_BYTES * _LEAST_BYTES, why
+
+
+@contextlib.contextmanager
+def _workplace(parent: Path, *, keep: bool) -> Iterator[Path]:
+    """A directory that is removed however the demo ends, at the latest by the next demo beside it."""
+    for left in parent.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError), _locked(left):  # BlockingIOError: a demo is running there
+            shutil.rmtree(left)
+    workplace = Path(tempfile.mkdtemp(prefix=_KEPT_PREFIX if keep else _PREFIX, dir=parent))
+    finished = False
+    try:
+        with _locked(workplace):
+            yield workplace
+        finished = True
+    finally:
+        if not (keep and finished):
+            before = [(number, signal.signal(number, signal.SIG_IGN)) for number in (signal.SIGINT, signal.SIGTERM)]
+            shutil.rmtree(workplace, ignore_errors=True)
+            for number, handler in before:
+                signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Raises OSError if another process has the directory."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _show(workplace: Path, size_bytes: int) -> None:
+    """Generate, run, print."""
+    import penstock.pagecache.session  # compiled now, not on the first measured run's account
+    import penstock.report.report  # noqa: F401
+
+    files = _generate(workplace / "model", size_bytes)
+    reader = workplace / "reader.py"
+    reader.write_text(_READER, encoding="utf-8")
+    command = [sys.executable, str(reader), str(workplace / "model")]
+    environment = {
+        **os.environ,
+        "XDG_CACHE_HOME": str(workplace / "cache"),
+        "PENSTOCK_TEMPLATES": str(workplace / "templates"),
+    }
+    reports = [workplace / "recording.json", workplace / "replaying.json"]
+    runs = [_measure("native", command, files, environment)]
+    for name, report in zip(("penstock, recording", "penstock, replaying"), reports, strict=True):
+        runs.append(_measure(name, [*_penstock(), "--report", str(report), "--", *command], files, environment))
+    cached = _measure("native, model in memory", command, (), environment) if _is_cached(files) else None
+    disk = _look_at_disk(files)
+    every = [*runs, cached] if cached else runs
+    _print_table(every)
+    _check(every)
+    click.echo(f"\n{_about(disk, len(every), runs[0])}\n\n{_verdict(runs[0], runs[-1], cached, disk)}")
+    _draw(reports, disk.bytes_per_s)
+
+
+def _penstock() -> list[str]:
+    return [sys.executable, "-c", "from penstock.cli.entry import main; main()", "run", "--service", "demo"]
+
+
+def _generate(directory: Path, size_bytes: int) -> list[Path]:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
+
+    from penstock.testing import checkpoint, shapes
+
+    # The largest of these models that still has several layers in that size.
+    preset = next(
+        (name for name, least_bytes in _PRESETS.items() if size_bytes >= least_bytes), next(reversed(_PRESETS))
+    )
+    shape = shapes.scaled(shapes.PRESETS[preset], size_bytes)
+    total_bytes = shapes.weight_bytes(shape)
+    click.echo(f"Generating {format_size(total_bytes)} shaped like {preset} in {directory}", err=True)
+    console = Console(stderr=True)
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=total_bytes)
+
+        def advance(written_bytes: int) -> None:
+            bar.advance(task, written_bytes)
+
+        shard_bytes = max(total_bytes // 3, 8 * MiB)
+        return checkpoint.generate_checkpoint(directory, shape, shard_bytes=shard_bytes, progress=advance)
+
+
+_PRESETS = {"llama-3.2-3b": 1536 * MiB, "llama-3.2-1b": 768 * MiB, "tiny-llama": 0}
+
+
+def _measure(name: str, command: Sequence[str], cold: Sequence[Path], environment: Mapping[str, str]) -> _Run:
+    """Run a command with these files out of the page cache.
+
+    Raises:
+        click.ClickException: the files cannot be dropped, or the command failed.
+    """
+    if cold:
+        _make_cold(cold)
+    click.echo(f"{name}, cold" if cold else name, err=True)
+    began_s = time.monotonic()
+    # In a session of its own: Ctrl-C is ours, and then all of it ends with us.
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    )
+    try:
+        output, messages = process.communicate()
+        seconds = time.monotonic() - began_s
+    except BaseException:
+        _end(process)
+        raise
+    if process.returncode != 0:
+        raise click.ClickException(f"{name}: the reader ended with {process.returncode}: {messages.strip()}")
+    for line in messages.splitlines():
+        click.echo(f"  {line}", err=True)
+    said = json.loads(output)
+    return _Run(name, seconds, int(said["bytes"]), str(said["checksum"]), int(said["disk_bytes"]))
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_STOP_S)
+            return
+
+
+def _make_cold(files: Sequence[Path]) -> None:
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(path.open("rb")) for path in files]
+        stayed = _drop([file.fileno() for file in opened])
+        size_bytes = sum(os.fstat(file.fileno()).st_size for file in opened)
+    if stayed > _COLD_SHARE * size_bytes:
+        raise click.ClickException(
+            f"{files[0].parent}: {format_size(stayed)} of {format_size(size_bytes)} stay in the page cache, so that "
+            "no run would be cold; choose another file system with --dir"
+        )
+
+
+def _is_cached(files: Sequence[Path]) -> bool:
+    from penstock.linux.pagecache import FileResidency
+
+    for path in files:
+        with path.open("rb") as file:
+            size_bytes = os.fstat(file.fileno()).st_size
+            if FileResidency(file.fileno()).resident_bytes(0, size_bytes) < (1 - _COLD_SHARE) * size_bytes:
+                return False
+    return True
+
+
+def _look_at_disk(files: Sequence[Path]) -> _Disk:
+    from penstock.linux.blockdevice import BlockDevice
+    from penstock.storage.probe import measure_read_bandwidth
+
+    largest = max(files, key=lambda path: path.stat().st_size)
+    with contextlib.closing(BlockDevice(largest.stat().st_dev)) as device:
+        setting = device.setting("read_ahead_kb") if device.exists else None
+        name = device.path.resolve().name if device.exists else ""
+    return _Disk(name, int(setting) if setting else None, measure_read_bandwidth(largest))
+
+
+def _print_table(runs: Sequence[_Run]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    table.add_column("run")
+    for heading in ("seconds", "GB/s", "from cache", "speed-up"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    native = runs[0]
+    for run in runs:
+        # Where the kernel keeps no account of a task's I/O, the native run counts nothing, though it was cold.
+        from_cache = f"{max(0.0, 1 - run.disk_bytes / run.bytes):.0%}" if native.disk_bytes else "?"
+        speed_up = "" if run is native else f"{native.seconds / run.seconds:.2f} ×"
+        table.add_row(run.name, f"{run.seconds:.2f}", f"{run.bytes / run.seconds / 1e9:.2f}", from_cache, speed_up)
+    click.echo()
+    Console(highlight=False).print(table)
+
+
+def _check(runs: Sequence[_Run]) -> None:
+    """Raises click.ClickException unless all runs have read the same bytes."""
+    if len({(run.bytes, run.checksum) for run in runs}) > 1:
+        found = "; ".join(f"{run.name}: {run.bytes} bytes, {run.checksum}" for run in runs)
+        raise click.ClickException(f"the runs did not read the same bytes ({found}); please report this")
+
+
+def _about(disk: _Disk, runs: int, native: _Run) -> str:
+    lines = [f"All {runs} runs read the same {native.bytes} bytes (checksum {native.checksum})."]
+    facts = []
+    if disk.read_ahead_kib is not None:
+        facts.append(f"read_ahead_kb is {disk.read_ahead_kib}")
+    if disk.bytes_per_s:
+        facts.append(f"direct reads reach {disk.bytes_per_s / 1e9:.2f} GB/s")
+    if facts:
+        lines.append(f"The disk{f' ({disk.name})' if disk.name else ''}: {', '.join(facts)}.")
+    lines.append("From cache: what the reader did not have to read from the disk itself.")
+    return "\n".join(lines)
+
+
+def _verdict(native: _Run, replay: _Run, cached: _Run | None, disk: _Disk) -> str:
+    """What the figures say, and if penstock was of no use, why that may be."""
+    disk_s = native.bytes / disk.bytes_per_s if disk.bytes_per_s else 0.0
+    cached_s = cached.seconds if cached else 0.0
+    if replay.seconds < _WORTH_TELLING * native.seconds:
+        text = f"Replaying took {replay.seconds / native.seconds:.0%} of the native time."
+        if disk_s or cached_s:
+            bound = "the disk delivers" if disk_s >= cached_s else "the reader takes"
+            text += f" It cannot take less than about {max(disk_s, cached_s):.2f} s here: that is what {bound}."
+        return text
+    text = f"Replaying was not faster here: {replay.seconds:.2f} s, native {native.seconds:.2f} s."
+    if disk_s and disk_s >= _NEAR * native.seconds:
+        text += f" The native run has {disk_s / native.seconds:.0%} of the disk's bandwidth by itself"
+        if disk.read_ahead_kib is not None and disk.read_ahead_kib > 128:
+            text += f": with read_ahead_kb at {disk.read_ahead_kib} (Linux's default is 128) the kernel reads far ahead"
+        return f"{text}. There is little left to gain."
+    if cached_s >= _NEAR * native.seconds:
+        return f"{text} The reader takes {cached_s:.2f} s with the model in memory, so it hardly waits for the disk."
+    return (
+        f"{text} Neither the disk nor the reader explains it. Other programs may be busy on this machine; in a virtual "
+        "machine whose freed memory goes back to its host, the first use of memory is slow; and `penstock doctor` "
+        "shows what is missing."
+    )
+
+
+def _draw(reports: Sequence[Path], limit_bytes_per_s: float | None) -> None:
+    from penstock.errors import UnsupportedError
+    from penstock.report.plot import label, plot
+    from penstock.report.report import Report
+
+    loaded = [Report.load(path) for path in reports]
+    try:
+        plot([(label(report), report) for report in loaded], Path(_PLOT), limit_bytes_per_s)
+    except UnsupportedError as error:
+        click.echo(f"\nNo picture: {error}")
+    except OSError as error:
+        click.echo(f"\nNo picture: {_PLOT}: {error.strerror}")
+    else:
+        click.echo(f"\n{_PLOT} shows the two runs with penstock over time.")
