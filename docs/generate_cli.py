@@ -30,10 +30,11 @@ run: 127 it was not found, 126 it cannot be executed, 125 penstock could not be 
 
 def generate() -> str:
     """The page."""
-    parts = [_HEAD]
-    for context in _contexts(main, None, "penstock"):
-        parts.append(f"\n## {context.command_path}\n\n```text\n{context.get_help().rstrip()}\n```\n")
-    return "".join(parts)
+    sections = [
+        f"\n## {context.command_path}\n\n```text\n{context.get_help().rstrip()}\n```\n"
+        for context in _contexts(main, None, "penstock")
+    ]
+    return "".join([_HEAD, *sections])
 
 
 def _contexts(command: click.Command, parent: click.Context | None, name: str) -> Iterator[click.Context]:

@@ -5,15 +5,16 @@ turn, round by round, each round beginning with another arm; ratios are taken wi
 these is what counts. The limit L is measured between the rounds of the same run: a load cannot end before the
 program is through with a model that is in memory already, nor before the disk has delivered the bytes.
 
-**The state of memory is part of the method.** A virtual machine that hands freed memory back to its host pays for
-touching it again: 2-6 microseconds a 4 KiB page were seen, 10 s for 4 GB, several times what is to be measured,
-and charged to whichever arm happens to touch it first. A server that has been up for a while has no free memory:
-it is full of old, clean page cache. So here: a *ballast*, the pages of a sparse file, whose holes are read as
-zeros without any I/O, fills memory before every run until little is free. It is what the kernel reclaims first.
+**The state of memory is part of the method.** By default memory is free, as after a boot: what a run before left in
+the page cache is dropped by fadvise and given two seconds. A virtual machine that hands freed memory back to its
+host then pays for touching it again, 2-6 microseconds a 4 KiB page, in every cold arm alike: in the program where
+the kernel alone reads, in the prefetcher's threads where there is one. Machines that keep their memory do not pay
+this, so with ``--ballast`` memory is kept as on a server that has been up for a while: full of old, clean page
+cache, the pages of a sparse file, whose holes are read as zeros without any I/O. A model is then made cold by
+swapping it against ballast in small steps, so that at no time much memory is free. The kernel reclaims it first.
 
-A model is made cold by swapping it against ballast in small steps, 64 MiB dropped, 64 MiB of ballast read, so that
-at no time much memory is free. How much of it is resident is verified before every run; a cold run with more than
-1 % fails. Every arm starts from the same state.
+How much of the model is resident is verified before every run; a cold run with more than 1 % fails. Every arm
+starts from the same state.
 
 **The memory limit** is a cgroup, made for each run and removed after it, with the command inside it from its
 first instruction, penstock included. A run that sees an OOM kill fails.

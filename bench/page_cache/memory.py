@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +19,7 @@ READ_BYTES = 8 * MiB
 COLD_SHARE = 0.01
 RESIDENT_SHARE = 0.99
 _THREADS = 2
+_SETTLE_S = 2.0
 _STALLED_BYTES = 512 * MiB
 
 
@@ -119,6 +121,8 @@ class Ballast:
                         self.fill()
                 drop(fd)  # folios that lay across two steps
         self.fill()
+        if self._path is None:
+            time.sleep(_SETTLE_S)  # until the host has what it takes back: every run is to begin alike
         if (share := resident_share(files)) > COLD_SHARE:
             raise RunError(f"{share:.1%} of the model is still cached; another process maps it")
 

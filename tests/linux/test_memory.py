@@ -59,9 +59,7 @@ def v1(directory: str, limit: int, usage: int, *, file: int = 0, dirty: int = 0)
     }
 
 
-def v2(
-    directory: str, limit: int | str, high: int | str, usage: int, *, file: int = 0
-) -> dict[str, str | int]:
+def v2(directory: str, limit: int | str, high: int | str, usage: int, *, file: int = 0) -> dict[str, str | int]:
     return {
         f"{directory}/memory.max": limit,
         f"{directory}/memory.high": high,
@@ -197,9 +195,7 @@ def memory_cgroup_parent() -> Path | None:
         if (parent / "memory.limit_in_bytes").exists():
             return parent
         if "memory" in (
-            (parent / "cgroup.subtree_control").read_text()
-            if (parent / "cgroup.subtree_control").exists()
-            else ""
+            (parent / "cgroup.subtree_control").read_text() if (parent / "cgroup.subtree_control").exists() else ""
         ):
             return parent
     return None
@@ -270,8 +266,7 @@ class TestRealCgroup:
 
 class TestPressure:
     LINES = (
-        "some avg10=1.25 avg60=0.02 avg300=0.17 total=1619619\n"
-        "full avg10=0.50 avg60=0.01 avg300=0.12 total=1321817\n"
+        "some avg10=1.25 avg60=0.02 avg300=0.17 total=1619619\nfull avg10=0.50 avg60=0.01 avg300=0.12 total=1321817\n"
     )
 
     def test_the_host(self, tmp_path: Path) -> None:

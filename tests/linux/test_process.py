@@ -115,9 +115,7 @@ def identity(path: Path) -> tuple[int, int]:
 class TestMaps:
     def test_finds_both_mappings_of_the_file(self, child: Child, file: Path) -> None:
         mappings = process.read_maps(child.pid, {identity(file)})
-        assert [(m.stop - m.start, m.offset_bytes, m.path) for m in mappings] == [
-            (4096 * PAGE, 0, str(file))
-        ] * 2
+        assert [(m.stop - m.start, m.offset_bytes, m.path) for m in mappings] == [(4096 * PAGE, 0, str(file))] * 2
         assert {(m.device, m.inode) for m in mappings} == {identity(file)}
         assert sorted((m.shared, m.readable, m.writable, m.executable) for m in mappings) == [
             (False, True, True, False),

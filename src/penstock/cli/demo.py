@@ -27,6 +27,7 @@ _PREFIX = "penstock-demo-"
 _KEPT_PREFIX = "penstock-kept-demo-"  # not swept away by a later demo
 _PLOT = "demo.png"
 _LEAST_BYTES = 64 * MiB  # less than this says nothing
+_SMALL_BYTES = 512 * MiB  # penstock is ready after some 0.2 s
 _SHARE = 0.9  # of the room and of the memory budget: others need some too
 _WORTH_TELLING = 0.95  # of the native time; runs differ by a few percent
 _COLD_SHARE = 0.01  # of the model may be cached when a cold run begins
@@ -454,6 +455,8 @@ def _verdict(native: _Run, replay: _Run, cached: _Run | None, disk: _Disk) -> st
         return f"{text}. There is little left to gain."
     if cached_s >= _NEAR * native.seconds:
         return f"{text} The reader takes {cached_s:.2f} s with the model in memory, so it hardly waits for the disk."
+    if native.bytes < _SMALL_BYTES:
+        return f"{text} A model this small is read before penstock is ready; try --size 2GiB."
     return (
         f"{text} Neither the disk nor the reader explains it. Other programs may be busy on this machine; in a virtual "
         "machine whose freed memory goes back to its host, the first use of memory is slow; and `penstock doctor` "

@@ -11,6 +11,8 @@ import contextlib
 import os
 import signal
 
+_FOR_THE_MAKER = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+
 
 class Janitor:
     """Removes announced instances after this process.
@@ -20,6 +22,7 @@ class Janitor:
 
     def __init__(self) -> None:
         reader, self._writer = os.pipe2(os.O_CLOEXEC)
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_MAKER)  # and blocked they stay in the janitor
         self.pid = os.fork()
         if self.pid == 0:
             try:
@@ -27,6 +30,7 @@ class Janitor:
                 _serve(reader)
             finally:
                 os._exit(0)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         os.close(reader)
 
     def announce(self, instance: str) -> None:
@@ -36,8 +40,6 @@ class Janitor:
 
 def _serve(reader: int) -> None:
     os.setsid()  # a signal for the maker's group, such as ^C, is not for us
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
-        signal.signal(number, signal.SIG_IGN)
     null = os.open("/dev/null", os.O_RDWR)
     for standard in (0, 1, 2):
         os.dup2(null, standard)

@@ -12,6 +12,7 @@ from types import FrameType
 # from a terminal reach the whole foreground group, the program with it; passing SIGINT on would send it twice.
 _FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGCONT)
 _FROM_TERMINAL = (signal.SIGINT, signal.SIGQUIT)
+_IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)  # and what is ignored stays so in the program
 
 
 class Program:
@@ -30,6 +31,8 @@ class Program:
             try:
                 os.close(self._gate)
                 if os.read(gate, 1):  # nothing: penstock gave up or was killed before it began
+                    for number in _IGNORED_BY_PYTHON:
+                        signal.signal(number, signal.SIG_DFL)
                     os.execvp(command[0], list(command))
             except OSError as error:
                 os.write(status, str(error.errno).encode())

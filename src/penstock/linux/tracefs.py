@@ -147,8 +147,10 @@ class TraceFs:
         return found
 
     def close(self) -> None:
-        """Close the descriptor; a detached mount is gone with the last one."""
-        os.close(self.fd)
+        """Close the descriptor; a detached mount is gone with the last one. A second time does nothing."""
+        if self.fd >= 0:
+            fd, self.fd = self.fd, -1
+            os.close(fd)
 
 
 def _detached_mount() -> int:
@@ -197,14 +199,23 @@ class Instance:
         tracefs: where to make it.
         events: tracepoints of the ``filemap`` system, such as `ACCESS_EVENTS`.
         pid: the process whose tree is followed; None records everyone.
+        owns_tracefs: close tracefs with the instance.
 
     Raises:
         UnsupportedError: a tracepoint is missing, or thread ids are not those of this pid namespace.
         OSError: the kernel refused a step.
     """
 
-    def __init__(self, tracefs: TraceFs, events: Sequence[str] = ACCESS_EVENTS, pid: int | None = None) -> None:
+    def __init__(
+        self,
+        tracefs: TraceFs,
+        events: Sequence[str] = ACCESS_EVENTS,
+        pid: int | None = None,
+        *,
+        owns_tracefs: bool = False,
+    ) -> None:
         self._tracefs = tracefs
+        self._owns_tracefs = owns_tracefs
         self.name = instance_name(os.getpid())
         self._path = f"instances/{self.name}"
         self.events = tuple(events)
@@ -285,15 +296,23 @@ class Instance:
 
     def detach(self) -> None:
         """Stop reading and leave the instance to `janitor`: removing one takes the kernel 0.1 s."""
-        for ring in self._rings:
-            os.close(ring)
-        self._rings = []
+        self._close_rings()
+        if self._owns_tracefs:
+            self._tracefs.close()
 
     def close(self) -> None:
         """Stop recording and remove the instance."""
-        self.detach()
-        with contextlib.suppress(FileNotFoundError):
-            os.rmdir(self._path, dir_fd=self._tracefs.fd)
+        self._close_rings()
+        if self._tracefs.fd >= 0:
+            with contextlib.suppress(FileNotFoundError):
+                os.rmdir(self._path, dir_fd=self._tracefs.fd)
+        if self._owns_tracefs:
+            self._tracefs.close()
+
+    def _close_rings(self) -> None:
+        for ring in self._rings:
+            os.close(ring)
+        self._rings = []
 
     def __enter__(self) -> Instance:
         return self
@@ -350,7 +369,7 @@ def follow(pid: int, announce: Callable[[str], None] | None = None) -> Instance:
             raise UnsupportedError("this kernel has no page-cache tracepoints")
         if announce is not None:
             announce(instance_name(os.getpid()))
-        instance = Instance(tracefs, events, pid)
+        instance = Instance(tracefs, events, pid, owns_tracefs=True)
         try:
             instance.start()
         except BaseException:

@@ -12,15 +12,20 @@ from penstock.pagecache.template import FileIdentity, GroupRecorder, Template
 class Recorder:
     """Gives each reading process a worker number and records what it reads.
 
-    With a template, a process gets the number of the group that its first read fits best, so that workers keep
-    their groups however they are scheduled; otherwise numbers go by first reads.
+    A launcher's rank (LOCAL_RANK and the like) is the number. Without one, and with a template, a process gets the
+    number of the group that its first read fits best, so that workers keep their groups however they are
+    scheduled; otherwise numbers go by first reads.
 
     Args:
         groups: the template's, or ().
+        rank_of: a process's rank, None where it has none.
     """
 
-    def __init__(self, groups: Sequence[Sequence[Range]] = ()) -> None:
+    def __init__(
+        self, groups: Sequence[Sequence[Range]] = (), rank_of: Callable[[int], int | None] = lambda _: None
+    ) -> None:
         self._groups = groups
+        self._rank_of = rank_of
         self._workers: dict[int, int] = {}
         self._recorders: dict[int, GroupRecorder] = {}
         self._files: dict[str, ModelFile] = {}
@@ -34,13 +39,16 @@ class Recorder:
         """Note a read; returns the worker's number."""
         worker = self._workers.get(pid)
         if worker is None:
-            worker = self._workers[pid] = self._number(file, start)
+            worker = self._workers[pid] = self._number(pid, file, start)
         self._files.setdefault(file.name, file)
         self._recorders.setdefault(worker, GroupRecorder()).record(file.name, start, stop)
         return worker
 
-    def _number(self, file: ModelFile, start: int) -> int:
+    def _number(self, pid: int, file: ModelFile, start: int) -> int:
         taken = set(self._workers.values())
+        rank = self._rank_of(pid)
+        if rank is not None and rank not in taken and (not self._groups or rank < len(self._groups)):
+            return rank
         free = [number for number in range(len(self._groups)) if number not in taken]
         if free:
             return min(free, key=lambda number: _distance(self._groups[number], file.name, start))

@@ -28,7 +28,8 @@ def service_id(command: Sequence[str], roots: Sequence[Path], environment: Mappi
     words += [_without_roots(argument, roots, directory) for argument in command[1:]]
     words += [f"{name}={environment[name]}" for name in _PARALLELISM if name in environment]
     words += [f"{name}#{len(environment[name].split(','))}" for name in _DEVICES if name in environment]
-    digest = hashlib.blake2b("\0".join(words).encode(), digest_size=6).hexdigest()
+    text = "\0".join(words).encode("utf-8", "surrogatepass")  # a file's name need not be text
+    digest = hashlib.blake2b(text, digest_size=6).hexdigest()
     head = [_stem(command)] + [root.name for root in roots[:1]]
     return "-".join([*head, digest])
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from penstock.errors import ObserverError, TemplateError, TemplateStaleError
-from penstock.linux import numa
+from penstock.linux import numa, process
 from penstock.linux.tracefs import Instance
 from penstock.pagecache.base import Context, Policy
 from penstock.pagecache.files import ModelFiles
@@ -20,7 +20,7 @@ from penstock.pagecache.ledger import Ledger
 from penstock.pagecache.observers.base import Observer
 from penstock.pagecache.observers.process import ProcessObserver
 from penstock.pagecache.observers.tracefs import TracefsObserver
-from penstock.pagecache.placement import accelerator_of, worker_node
+from penstock.pagecache.placement import accelerator_of, worker_node, worker_rank
 from penstock.pagecache.policies.native import Native
 from penstock.pagecache.recorder import Recorder
 from penstock.pagecache.runtime import CacheMode, Outcome, Runtime
@@ -80,7 +80,7 @@ class Session:
         self._template = None if isinstance(policy, Native) else self._load_template()
         self.mode: Mode = "observe" if isinstance(policy, Native) else "replay" if self._template else "record"
         groups = self._template.groups if self._template else ()
-        self._recorder = Recorder(groups)
+        self._recorder = Recorder(groups, _rank_of)
         self._observer = self._make_observer(instance)
         self._headroom = Headroom(pid, options.memory_bytes)
         budget = self._headroom.read()
@@ -211,3 +211,10 @@ class Session:
             text = f"the template could not be stored in {self._options.templates}: {error.strerror}"
             if text not in self.warnings:
                 self.warnings.append(text)
+
+
+def _rank_of(pid: int) -> int | None:
+    try:
+        return worker_rank(process.environment(pid))
+    except (OSError, ProcessLookupError):
+        return None

@@ -22,6 +22,7 @@ from typing import Any
 from penstock.errors import TemplateError, TemplateFormatError
 from penstock.linux.pagecache import PAGE_BYTES
 from penstock.pagecache.base import Range
+from penstock.pagecache.intervals import IntervalSet
 from penstock.units import KiB, MiB
 
 FORMAT = "penstock-template"
@@ -31,8 +32,10 @@ SUFFIX = ".template.json"
 _SAMPLES = 16
 _SAMPLE_BYTES = 4 * KiB
 _MERGE_GAP_BYTES = 4 * MiB  # holes smaller than this are read along: two folios that were touched between polls
+_READ_ON_BYTES = 1024 * MiB  # and up to this, if they are read later
 _TAIL_BYTES = 64 * MiB  # a reader that came this close to the end has read it, if its mapping went before a poll
 _OPEN_RUNS = 16  # readers with a thread pool load several tensors at once
+_MOST_RUNS = 1 << 16  # the slices of 256 experts in 61 layers are 47,000; more than this has no order to replay
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +189,8 @@ class GroupRecorder:
             if run.name == name and run.start <= start <= run.stop + _MERGE_GAP_BYTES:
                 run.stop = max(run.stop, stop)
                 return
+        if len(self._runs) >= _MOST_RUNS:
+            return
         run = _Run(name, start, stop)
         self._runs.append(run)
         self._open.append(run)
@@ -193,28 +198,44 @@ class GroupRecorder:
             del self._open[0]
 
     def ranges(self, sizes: Mapping[str, int]) -> tuple[Range, ...]:
-        """The ranges so far; those that touch in time and in the file are one.
+        """The ranges so far, each byte once, where it was first read.
+
+        Runs that follow each other in the file are one where what lies between them is small or was read later:
+        transformers, for one, touches the beginning of every tensor before it reads any, and reading on is
+        cheaper than coming back.
 
         Args:
             sizes: bytes of each file: a range that ends just before the end is taken to have reached it.
         """
+        read: dict[str, IntervalSet] = {}
+        for run in self._runs:
+            read.setdefault(run.name, IntervalSet()).add(run.start, run.stop)
+        for name, parts in read.items():
+            end = max(stop for _, stop in parts)
+            if end + min(_TAIL_BYTES, sizes[name] // 8) >= sizes[name]:
+                parts.add(end, sizes[name])
         merged: list[_Run] = []
         for run in self._runs:
             last = merged[-1] if merged else None
-            if last is not None and last.name == run.name and last.start <= run.start <= last.stop + _MERGE_GAP_BYTES:
-                last.stop = max(last.stop, run.stop)
-            else:
-                merged.append(_Run(run.name, run.start, run.stop))
-        ends = {run.name: max(r.stop for r in merged if r.name == run.name) for run in merged}
-        return tuple(
-            Range(run.name, run.start, sizes[run.name] if _reaches_end(run, ends, sizes) else run.stop)
-            for run in merged
-        )
-
-
-def _reaches_end(run: _Run, ends: Mapping[str, int], sizes: Mapping[str, int]) -> bool:
-    length = min(_TAIL_BYTES, sizes[run.name] // 8)
-    return run.stop == ends[run.name] and run.stop + length >= sizes[run.name]
+            if last is not None and last.name == run.name and last.start <= run.start:
+                gap = run.start - last.stop
+                if gap <= _MERGE_GAP_BYTES or (
+                    gap <= _READ_ON_BYTES and read[run.name].covered_bytes(last.stop, run.start) >= 0.9 * gap
+                ):
+                    last.stop = max(last.stop, run.stop)
+                    continue
+            merged.append(_Run(run.name, run.start, run.stop))
+        listed: dict[str, IntervalSet] = {}
+        ranges = []
+        for run in merged:
+            done = listed.setdefault(run.name, IntervalSet())
+            tail = read[run.name].overlap(run.stop, sizes[run.name])[:1]
+            if tail and tail[0] == (run.stop, sizes[run.name]) and sizes[run.name] - run.stop <= _TAIL_BYTES:
+                run.stop = sizes[run.name]
+            for start, stop in done.missing(run.start, run.stop):
+                ranges.append(Range(run.name, start, stop))
+            done.add(run.start, run.stop)
+        return tuple(ranges)
 
 
 class TemplateStore:
@@ -234,7 +255,8 @@ class TemplateStore:
         """Where a service's template lies; the name is the service's own where a file name can hold it."""
         safe = re.sub(r"[^A-Za-z0-9._-]", "_", service)[:80]
         if safe != service or safe.startswith("."):
-            safe = f"{safe.lstrip('.')}-{hashlib.blake2b(service.encode(), digest_size=4).hexdigest()}"
+            digest = hashlib.blake2b(service.encode("utf-8", "surrogatepass"), digest_size=4).hexdigest()
+            safe = f"{safe.lstrip('.')}-{digest}"
         return self.directory / f"{safe}{SUFFIX}"
 
     def load(self, service: str) -> Template | None:
@@ -263,19 +285,17 @@ class TemplateStore:
         """
         self.directory.mkdir(parents=True, exist_ok=True)
         path = self.path(template.service)
-        partial = self.directory / f".{path.name}.{os.getpid()}"
+        partial = self.directory / f".{path.name}.{os.urandom(8).hex()}"  # containers share pids
         handle = self._open_unnamed()
         named = handle is None
         if handle is None:
-            handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+            handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
                 file.write(template.to_json())
                 file.flush()
                 os.fsync(file.fileno())
                 if not named:
-                    with contextlib.suppress(FileNotFoundError):
-                        partial.unlink()
                     # With a directory descriptor os.link() is linkat(AT_SYMLINK_FOLLOW); without, it links the link.
                     os.link(f"/proc/self/fd/{file.fileno()}", partial, src_dir_fd=file.fileno())
             os.replace(partial, path)

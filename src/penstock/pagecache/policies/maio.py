@@ -29,17 +29,17 @@ class _Group:
 
     def __init__(self, ranges: Sequence[Range]) -> None:
         self._by_name: dict[str, list[tuple[int, int, int]]] = {}  # (start, stop, position), by start
+        listed: dict[str, IntervalSet] = {}
         position = 0
         for part in ranges:
-            self._by_name.setdefault(part.name, []).append((part.start, part.stop, position))
-            position += part.stop - part.start
+            for start, stop in listed.setdefault(part.name, IntervalSet()).missing(part.start, part.stop):
+                self._by_name.setdefault(part.name, []).append((start, stop, position))
+                position += stop - start
+            listed[part.name].add(part.start, part.stop)
         for parts in self._by_name.values():
             parts.sort()
         self.total_bytes = position
         self.position = 0  # how far the worker has come
-        self.needs = {
-            name: IntervalSet((start, stop) for start, stop, _ in parts) for name, parts in self._by_name.items()
-        }
 
     def locate(self, name: str, offset: int) -> int | None:
         """Position of a byte in the order; None if the template does not have it."""
@@ -48,6 +48,19 @@ class _Group:
         if index < 0 or offset >= parts[index][1]:
             return None
         return parts[index][2] + offset - parts[index][0]
+
+    def ahead(self, name: str, start: int, stop: int) -> list[tuple[int, int]]:
+        """The parts of a range that the worker has not come to yet."""
+        parts = self._by_name.get(name, [])
+        index = max(0, bisect_right(parts, start, key=lambda part: part[0]) - 1)
+        ahead = []
+        for low, high, position in parts[index:]:
+            if low >= stop:
+                break
+            to_come = max(low, start, low + self.position - position)
+            if to_come < min(high, stop):
+                ahead.append((to_come, min(high, stop)))
+        return ahead
 
 
 class Maio(Policy):
@@ -68,7 +81,7 @@ class Maio(Policy):
         self.mismatch = ""
         self._passed: dict[int, deque[tuple[ModelFile, int, int, int]]] = {}  # by worker: read, not yet burnt
         self._read_bytes: dict[int, int] = {}  # by worker
-        self._done: dict[tuple[int, str], IntervalSet] = {}
+        self._deferred: list[tuple[int, ModelFile, int, int]] = []  # passed by one worker, awaited by another
 
     def prefetch(self, access: Access | None) -> Sequence[Prefetch]:
         if access is None:
@@ -135,26 +148,26 @@ class Maio(Policy):
 
     def evict(self, access: Access | None) -> Sequence[Evict]:
         del access
-        burnt = []
-        for worker, passed in self._passed.items():
+        passed: list[tuple[int, ModelFile, int, int]] = list(self._deferred)
+        self._deferred.clear()
+        for worker, waiting in self._passed.items():
             read = self._read_bytes[worker]
-            while passed and read - passed[0][3] >= self._keep_bytes:
-                file, start, stop, _ = passed.popleft()
-                self._done.setdefault((worker, file.name), IntervalSet()).add(start, stop)
-                burnt += [Evict(file, low, high) for low, high in self._unneeded(worker, file.name, start, stop)]
-        return burnt
+            while waiting and read - waiting[0][3] >= self._keep_bytes:
+                file, start, stop, _ = waiting.popleft()
+                passed.append((worker, file, start, stop))
+        return [
+            Evict(file, low, high)
+            for worker, file, start, stop in passed
+            for low, high in self._unneeded(worker, file, start, stop)
+        ]
 
-    def _unneeded(self, worker: int, name: str, start: int, stop: int) -> list[tuple[int, int]]:
-        """Parts of a range that no other worker has yet to read."""
+    def _unneeded(self, worker: int, file: ModelFile, start: int, stop: int) -> list[tuple[int, int]]:
+        """Parts of a range that no other worker has yet to come to; the others are looked at again later."""
         free = IntervalSet([(start, stop)])
-        if self.mismatch:
-            return list(free)
-        for other, group in enumerate(self._groups):
-            needs = group.needs.get(name)
-            if other == worker or needs is None:
-                continue
-            done = self._done.get((other, name), IntervalSet())
-            for low, high in needs.overlap(start, stop):
-                for missing_low, missing_high in done.missing(low, high):
-                    free.remove(missing_low, missing_high)
+        if not self.mismatch:
+            for other, group in enumerate(self._groups):
+                if other != worker:
+                    for low, high in group.ahead(file.name, start, stop):
+                        free.remove(low, high)
+            self._deferred += [(worker, file, low, high) for low, high in free.missing(start, stop)]
         return list(free)
