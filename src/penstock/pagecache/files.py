@@ -88,16 +88,24 @@ def models_in_command(command: Sequence[str], directory: str | os.PathLike[str] 
 
 
 def _holds_weights(directory: Path) -> bool:
-    """Weights directly inside: a home directory named on a command line is not a model."""
+    """Weights directly inside, or a pipeline of diffusers, which keeps them in directories of its own.
+
+    Else a home directory named on a command line would be a model.
+    """
     with os.scandir(directory) as entries:
-        return any(entry.is_file() and looks_like_weights(entry.name, entry.stat().st_size) for entry in entries)
+        return any(
+            entry.is_file()
+            and (entry.name == "model_index.json" or looks_like_weights(entry.name, entry.stat().st_size))
+            for entry in entries
+        )
 
 
 class ModelFiles:
     """The model files known so far, by device and inode.
 
     A name is the path below the model's root; the root is what the user or the command named, or else the
-    directory of the first file seen.
+    directory of the first file seen. Where two models have a file of the same name, the second one's begins with
+    its directory's.
 
     Args:
         roots: model directories or files, as given.
@@ -151,5 +159,18 @@ class ModelFiles:
 
     def _add(self, path: Path, name: str) -> ModelFile:
         status = path.stat()
-        file = ModelFile(name, str(path), status.st_size, status.st_dev, status.st_ino)
-        return self._files.setdefault((status.st_dev, status.st_ino), file)
+        known = self._files.get((status.st_dev, status.st_ino))
+        if known is not None:
+            return known
+        file = ModelFile(self._free_name(path, name), str(path), status.st_size, status.st_dev, status.st_ino)
+        self._files[status.st_dev, status.st_ino] = file
+        return file
+
+    def _free_name(self, path: Path, name: str) -> str:
+        """The name, behind as many directories as it takes to tell the file from another model's."""
+        taken = {file.name for file in self._files.values() if file.path != str(path)}
+        for directory in path.parents[name.count("/") :]:
+            if name not in taken:
+                break
+            name = f"{directory.name}/{name}"
+        return name

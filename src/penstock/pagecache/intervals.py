@@ -81,7 +81,11 @@ class IntervalSet:
 
     def covered_bytes(self, start: int, stop: int) -> int:
         """How much of a range is covered."""
-        return sum(high - low for low, high in self.overlap(start, stop))
+        first, last = self._touching(start, stop)
+        if first >= last:
+            return 0
+        held = sum(self._stops[first:last]) - sum(self._starts[first:last])
+        return held - max(0, start - self._starts[first]) - max(0, self._stops[last - 1] - stop)
 
     def covers(self, start: int, stop: int) -> bool:
         """Whether the whole range is covered."""

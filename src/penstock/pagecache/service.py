@@ -15,6 +15,7 @@ _DEVICES = (
     "ROCR_VISIBLE_DEVICES",
     "ASCEND_RT_VISIBLE_DEVICES",
 )
+_INTERPRETERS = ("python", "pypy", "torchrun")
 
 
 def service_id(command: Sequence[str], roots: Sequence[Path], environment: Mapping[str, str], directory: str) -> str:
@@ -46,10 +47,11 @@ def _without_roots(argument: str, roots: Sequence[Path], directory: str) -> str:
 
 
 def _stem(command: Sequence[str]) -> str:
-    """The script where an interpreter runs one, else the program."""
+    """The script or module where an interpreter runs one, else the program."""
+    program = os.path.basename(command[0])
     for word in command[1:4]:
         if word.endswith(".py"):
             return Path(word).stem
-    if "-m" in command[1:-1]:
+    if program.startswith(_INTERPRETERS) and "-m" in command[1:-1]:  # to llama.cpp, -m is the model
         return command[command.index("-m") + 1]
-    return Path(command[0]).name
+    return program

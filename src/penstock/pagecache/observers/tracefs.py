@@ -76,6 +76,8 @@ class TracefsObserver(Observer):
         events = decode_pages(self._instance.read_pages(), self._instance.formats)
         self._tree.refresh()
         found = self._observed(events) if len(events) else []
+        for part in found:
+            self._tree.note(part)
         found += self._tree.touched()
         if self._misses_only:
             found += self._tree.moved_positions()

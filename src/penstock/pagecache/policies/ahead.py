@@ -12,7 +12,7 @@ from penstock.units import MiB
 # Chosen so that the first mistake costs 0.1 s of a 2 GB/s disk, and six doublings cover any checkpoint's shard.
 _FIRST_WINDOW_BYTES = 256 * MiB
 _LARGEST_WINDOW_BYTES = 4096 * MiB
-_LARGEST_SKIP_BYTES = 64 * MiB  # a reader that leaves this much out is still reading on
+_DISORDER_BYTES = 64 * MiB  # a reader that leaves this much out, or comes back by it, is still reading on
 
 
 @dataclass(slots=True)
@@ -23,6 +23,7 @@ class _Stream:
     front: int  # up to here has been asked for
     window: int
     last_use: int  # turn of the last access
+    in_order_bytes: int = 0  # since its last jump
 
 
 class ReadAhead:
@@ -53,11 +54,15 @@ class ReadAhead:
         if stream is None:
             window = self._windows.get(access.worker, min(_FIRST_WINDOW_BYTES, self._largest))
             stream = self._streams[key] = _Stream(access.stop, access.stop, window, self._turn)
-        elif not access.miss or stream.position <= access.start <= stream.front + _LARGEST_SKIP_BYTES:
+        elif stream.position - _DISORDER_BYTES <= access.start <= max(stream.position, stream.front) + _DISORDER_BYTES:
             stream.position = max(stream.position, access.stop)
-        else:
-            # It read elsewhere than was prefetched.
+            stream.in_order_bytes += access.stop - access.start
+            if not stream.window and stream.in_order_bytes > _DISORDER_BYTES:
+                stream.window = min(_FIRST_WINDOW_BYTES, self._largest)
+        elif access.miss:
+            # It reads elsewhere than was prefetched.
             stream.position = stream.front = access.stop
+            stream.in_order_bytes = 0
             stream.window = stream.window // 2 if stream.window >= 16 * MiB else 0
         stream.last_use = self._turn
         if stream.front - stream.position > stream.window // 2 or not stream.window:

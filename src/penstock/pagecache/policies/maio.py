@@ -19,9 +19,12 @@ from penstock.pagecache.policies.ahead import ReadAhead
 from penstock.units import MiB
 
 _PIECE_BYTES = 64 * MiB  # several workers' reads are interleaved in pieces of this size
-_JUMP_BYTES = 16 * MiB  # backwards by less is a thread pool's disorder
-_JUMPS = 3  # this many unforeseen jumps: the template is another program's
-_UNKNOWN_BYTES = 64 * MiB  # or this much, and 5% of the template, that it does not name
+_BACKWARDS_BYTES = 32 * MiB  # backwards by less is a thread pool's disorder
+_FORWARDS_BYTES = 256 * MiB  # and forwards: a reader that leaves some out
+_SETTLED_BYTES = 24 * MiB  # so much read elsewhere: the worker has gone there
+_LEFT_OUT_BYTES = 8 * MiB  # smaller holes are what was mapped between two polls
+_JUMPS = 3  # this many such moves: the template is another program's
+_UNKNOWN_BYTES = 64 * MiB  # or this much, and a quarter of the template, that it does not name
 
 
 class _Group:
@@ -40,6 +43,8 @@ class _Group:
             parts.sort()
         self.total_bytes = position
         self.position = 0  # how far the worker has come
+        self._elsewhere = 0  # where it has last been seen otherwise
+        self._elsewhere_bytes = 0  # and how much it has read there
 
     def locate(self, name: str, offset: int) -> int | None:
         """Position of a byte in the order; None if the template does not have it."""
@@ -48,6 +53,28 @@ class _Group:
         if index < 0 or offset >= parts[index][1]:
             return None
         return parts[index][2] + offset - parts[index][0]
+
+    def move(self, start: int, stop: int, miss: bool) -> bool:
+        """Follow the worker to positions ``[start, stop)``; True if it went on elsewhere than expected.
+
+        A glance elsewhere (a header, the first page of a tensor) does not move it, nor does reading again what
+        is cached; reading on elsewhere does.
+        """
+        if self.position - _BACKWARDS_BYTES <= start <= self.position + _FORWARDS_BYTES:
+            self.position = max(self.position, stop)
+            return False
+        if not miss:
+            return False
+        if self._elsewhere - _BACKWARDS_BYTES <= start <= self._elsewhere + _BACKWARDS_BYTES:
+            self._elsewhere_bytes += stop - start
+        else:
+            self._elsewhere_bytes = stop - start
+        self._elsewhere = stop
+        if self._elsewhere_bytes < _SETTLED_BYTES:
+            return False
+        self.position = stop
+        self._elsewhere_bytes = 0
+        return True
 
     def ahead(self, name: str, start: int, stop: int) -> list[tuple[int, int]]:
         """The parts of a range that the worker has not come to yet."""
@@ -77,11 +104,12 @@ class Maio(Policy):
         self._ahead = ReadAhead(context.files, max(64 * MiB, context.budget_bytes // 2))
         self._jumps = 0
         self._unknown_bytes = 0
-        self._unknown_share_bytes = sum(group.total_bytes for group in self._groups) // 20
+        self._unknown_share_bytes = sum(group.total_bytes for group in self._groups) // 4
         self.mismatch = ""
-        self._passed: dict[int, deque[tuple[ModelFile, int, int, int]]] = {}  # by worker: read, not yet burnt
+        self._passed: dict[int, deque[tuple[ModelFile, int, int, int]]] = {}  # by worker: within the keep distance
+        self._behind: dict[tuple[int, ModelFile], IntervalSet] = {}  # by worker: beyond it, not burnt yet
         self._read_bytes: dict[int, int] = {}  # by worker
-        self._deferred: list[tuple[int, ModelFile, int, int]] = []  # passed by one worker, awaited by another
+        self._read: dict[tuple[int, str], IntervalSet] = {}  # by worker and file
 
     def prefetch(self, access: Access | None) -> Sequence[Prefetch]:
         if access is None:
@@ -95,33 +123,38 @@ class Maio(Policy):
         group = self._groups[access.worker] if access.worker < len(self._groups) else None
         position = group.locate(access.file.name, access.start) if group else None
         if group is None or position is None:
-            if access.miss:
-                self._unknown_bytes += access.stop - access.start
-                if self._unknown_bytes > _UNKNOWN_BYTES + self._unknown_share_bytes:
-                    return self._leave_template(access, "it reads what its template does not name")
-                ahead = self._ahead.prefetch(access)
-                return [*ahead, *self._remaining()] if ahead else ()
-            return ()
-        before = group.position
-        end = position + access.stop - access.start
-        if not access.miss:
-            group.position = max(before, end)
-            return ()
-        if position < before - _JUMP_BYTES:
+            if not access.miss:
+                return ()
+            self._unknown_bytes += access.stop - access.start
+            if self._unknown_bytes > _UNKNOWN_BYTES + self._unknown_share_bytes:
+                return self._leave_template(access, "it reads what its template does not name")
+            ahead = self._ahead.prefetch(access)
+            return [*ahead, *self._remaining()] if ahead else ()
+        if group.move(position, position + access.stop - access.start, access.miss):
             self._jumps += 1
             if self._jumps >= _JUMPS:
                 return self._leave_template(access, "it reads in another order than its template says")
-        group.position = end
-        return self._remaining()
+        return self._remaining() if access.miss else ()
 
     def _leave_template(self, access: Access, why: str) -> Sequence[Prefetch]:
         self.mismatch = why
         return self._ahead.prefetch(access)
 
     def _remaining(self) -> list[Prefetch]:
-        """The plan without what each worker has behind it."""
+        """The plan from where each worker is, and then what it has left out and may come back to."""
         positions = [group.position for group in self._groups]
-        return [request for worker, stop, request in self._plan if stop > positions[worker]]
+        ahead = [request for worker, stop, request in self._plan if stop > positions[worker]]
+        left_out = [
+            Prefetch(request.file, low, high, worker)
+            for worker, stop, request in self._plan
+            if stop <= positions[worker]
+            for low, high in self._read_by(worker, request.file).missing(request.start, request.stop)
+            if high - low >= _LEFT_OUT_BYTES
+        ]
+        return ahead + left_out
+
+    def _read_by(self, worker: int, file: ModelFile) -> IntervalSet:
+        return self._read.setdefault((worker, file.name), IntervalSet())
 
     def _merge(self, groups: Sequence[Sequence[Range]]) -> list[tuple[int, int, Prefetch]]:
         """All workers' reads in one order: by how far through its group each worker will be."""
@@ -145,21 +178,21 @@ class Maio(Policy):
         self._read_bytes[access.worker] = read
         passed = self._passed.setdefault(access.worker, deque())
         passed.append((access.file, access.start, access.stop, read))
+        self._read_by(access.worker, access.file).add(access.start, access.stop)
+        # Now and not in evict, which nobody calls while memory is ample: a program may read for days.
+        while passed and read - passed[0][3] >= self._keep_bytes:
+            file, start, stop, _ = passed.popleft()
+            self._behind.setdefault((access.worker, file), IntervalSet()).add(start, stop)
 
     def evict(self, access: Access | None) -> Sequence[Evict]:
         del access
-        passed: list[tuple[int, ModelFile, int, int]] = list(self._deferred)
-        self._deferred.clear()
-        for worker, waiting in self._passed.items():
-            read = self._read_bytes[worker]
-            while waiting and read - waiting[0][3] >= self._keep_bytes:
-                file, start, stop, _ = waiting.popleft()
-                passed.append((worker, file, start, stop))
-        return [
-            Evict(file, low, high)
-            for worker, file, start, stop in passed
-            for low, high in self._unneeded(worker, file, start, stop)
-        ]
+        burnt = []
+        for (worker, file), behind in self._behind.items():
+            for start, stop in list(behind):
+                for low, high in self._unneeded(worker, file, start, stop):
+                    behind.remove(low, high)
+                    burnt.append(Evict(file, low, high))
+        return burnt
 
     def _unneeded(self, worker: int, file: ModelFile, start: int, stop: int) -> list[tuple[int, int]]:
         """Parts of a range that no other worker has yet to come to; the others are looked at again later."""
@@ -169,5 +202,4 @@ class Maio(Policy):
                 if other != worker:
                     for low, high in group.ahead(file.name, start, stop):
                         free.remove(low, high)
-            self._deferred += [(worker, file, low, high) for low, high in free.missing(start, stop)]
         return list(free)
