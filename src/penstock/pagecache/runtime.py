@@ -20,7 +20,7 @@ from penstock.pagecache.loader import Loader
 from penstock.pagecache.observers.base import Observed, Observer
 from penstock.pagecache.recorder import Recorder
 
-_POLL_S = 0.008
+_POLL_S = 0.012
 _IDLE_POLL_S = 0.1  # once nothing was read for _IDLE_S
 _IDLE_S = 20.0
 _QUIET_S = 5.0

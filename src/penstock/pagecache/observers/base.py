@@ -19,6 +19,7 @@ from penstock.units import KiB
 
 _SMALLEST_MAPPING_BYTES = 256 * KiB
 _REFRESH_S = 0.05
+_MOST_SCANS = 8
 _REFRESH_SHARE = 0.1  # of the time, at most, goes into looking through /proc
 
 
@@ -191,12 +192,15 @@ class ProcessTree:
         found = []
         assert known.pagemap is not None
         shift = mapped.mapping.start - mapped.start
-        for low, high in mapped.touched.missing(mapped.start, mapped.stop):
+        gaps = mapped.touched.missing(mapped.start, mapped.stop)
+        if len(gaps) > _MOST_SCANS:  # one scan over all of them costs less
+            gaps = [(gaps[0][0], gaps[-1][1])]
+        for low, high in gaps:
             last_page = -(-(high + shift) // PAGE_BYTES) * PAGE_BYTES  # of a file that ends within it
             for first, last in known.pagemap.present_ranges(low + shift, last_page).tolist():
-                start, stop = first - shift, min(last - shift, mapped.stop)
-                mapped.touched.add(start, stop)
-                found.append(Observed(known.pid, mapped.file, start, stop))
+                for start, stop in mapped.touched.missing(first - shift, min(last - shift, mapped.stop)):
+                    found.append(Observed(known.pid, mapped.file, start, stop))
+                mapped.touched.add(first - shift, min(last - shift, mapped.stop))
         return found
 
     def note(self, observed: Observed) -> None:
