@@ -3,22 +3,59 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from penstock.errors import UnsupportedError
+from penstock.errors import ObserverError, UnsupportedError
 from penstock.linux.tracefs import ACCESS_EVENTS, TraceFs
 from penstock.pagecache.files import ModelFiles
 from penstock.pagecache.ledger import Ledger
 from penstock.pagecache.observers.base import Observer
 from penstock.pagecache.observers.process import ProcessObserver
 from penstock.pagecache.observers.tracefs import TracefsObserver
-from penstock.testing.observer import ObserverTests
+from penstock.testing.observer import ObserverTests, write_files
+from penstock.units import MiB
+
+# Where this runs as an ordinary user: a directory with files of root's.
+OTHERS_FILES = os.environ.get("PENSTOCK_TEST_OTHERS_FILES")
 
 
 class TestProcessObserver(ObserverTests):
     def make_observer(self, files: ModelFiles, ledger: Ledger) -> Observer:
         return ProcessObserver(files, ledger)
+
+    def make_files(self, tmp_path_factory: Any) -> tuple[Path, Path, Path]:
+        if OTHERS_FILES is not None:
+            first, second, other = sorted(Path(OTHERS_FILES).iterdir())
+            self._paths[type(self)] = (first, second, other)
+        return super().make_files(tmp_path_factory)
+
+    @pytest.mark.xfail(reason="through /proc a position that has moved counts as read, whatever moved it")
+    def test_a_seek_reads_nothing(self, tmp_path_factory: Any) -> None:
+        super().test_a_seek_reads_nothing(tmp_path_factory)
+
+    @pytest.mark.xfail(reason="through /proc a position that has moved counts as read, whatever moved it")
+    def test_read_after_a_seek(self, tmp_path_factory: Any) -> None:
+        super().test_read_after_a_seek(tmp_path_factory)
+
+    @pytest.mark.xfail(reason="an inherited descriptor's position counts as read by the one who inherits it")
+    def test_a_fork_alone_reads_nothing(self, tmp_path_factory: Any) -> None:
+        super().test_a_fork_alone_reads_nothing(tmp_path_factory)
+
+    @pytest.mark.xfail(reason="bytes read of any file make the cached pages of the open model files count as read")
+    def test_other_files_are_left_out(self, tmp_path_factory: Any) -> None:
+        super().test_other_files_are_left_out(tmp_path_factory)
+
+    def test_a_process_that_is_gone(self) -> None:
+        child = subprocess.Popen(["true"])
+        child.wait()
+        ledger = Ledger()
+        with pytest.raises(ObserverError, match=f"/proc/{child.pid}"):
+            self.make_observer(ModelFiles(), ledger).start(child.pid)
 
 
 @pytest.mark.root
@@ -35,3 +72,72 @@ class TestTracefsObserver(ObserverTests):
         if len(found) < len(ACCESS_EVENTS):
             pytest.skip("needs the page-cache access tracepoints (Linux 6.9)")
         return TracefsObserver(files)
+
+
+class OnlyTheFirst(TestTracefsObserver):
+    """As with ``--model`` naming one file of two."""
+
+    __test__ = False
+
+    def __init__(self, tmp_path_factory: pytest.TempPathFactory) -> None:
+        self.known = ModelFiles([self.make_files(tmp_path_factory)[0]])
+
+    def make_observer(self, files: ModelFiles, ledger: Ledger) -> Observer:
+        super().make_observer(files, ledger)
+        return TracefsObserver(self.known, only_known=True)
+
+
+@pytest.mark.root
+class TestOnlyKnown:
+    def test_reads_of_other_files_are_not_reported(self, tmp_path_factory: pytest.TempPathFactory) -> None:
+        with OnlyTheFirst(tmp_path_factory).watch(tmp_path_factory) as (watched, first, second):
+            for path in (second, first):
+                watched.tell("open", path)
+                watched.tell("pread", path, 4 * MiB, 6 * MiB)
+            watched.expect(first, [(4 * MiB, 6 * MiB)])
+            assert {part.file.path for part in watched.seen} == {str(first)}
+
+    @pytest.mark.xfail(reason="the process tree takes in every weight file that it finds mapped")
+    def test_mappings_of_other_files_are_not_reported(self, tmp_path_factory: pytest.TempPathFactory) -> None:
+        case = OnlyTheFirst(tmp_path_factory)
+        with case.watch(tmp_path_factory) as (watched, first, second):
+            for path in (second, first):
+                watched.tell("map", path)
+                watched.tell("touch", path, 4 * MiB, 6 * MiB)
+            watched.expect(first, [(4 * MiB, 6 * MiB)])
+            assert {part.file.path for part in watched.seen} == {str(first)}
+            assert [file.path for file in case.known] == [str(first)]
+
+
+@pytest.mark.root
+def test_as_an_ordinary_user_with_anothers_files(as_ordinary_user: list[str], tmp_path: Path) -> None:
+    if not as_ordinary_user:
+        pytest.skip("needs root, to own files that the reader does not")
+    for path in write_files(tmp_path):
+        path.chmod(0o644)
+    tmp_path.chmod(0o755)
+    pytest_command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "TestProcessObserver"]
+    done = subprocess.run(
+        [*as_ordinary_user, *pytest_command, __file__],
+        env={**os.environ, "PENSTOCK_TEST_OTHERS_FILES": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def test_an_ordinary_user_has_no_tracefs(as_ordinary_user: list[str]) -> None:
+    code = (
+        "import os\n"
+        "from penstock.errors import ObserverError\n"
+        "from penstock.pagecache.files import ModelFiles\n"
+        "from penstock.pagecache.observers.tracefs import TracefsObserver\n"
+        "try:\n"
+        "    TracefsObserver(ModelFiles()).start(os.getpid())\n"
+        "except ObserverError as error:\n"
+        "    print(error)\n"
+    )
+    command = [*as_ordinary_user, sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("tracefs: no tracefs: ")
