@@ -110,8 +110,6 @@ def test_preset_names_are_those_of_the_generator() -> None:
 
 
 def test_importing_the_command_imports_neither_numpy_nor_rich() -> None:
-    code = (
-        "import sys, penstock.cli.generate; print({'numpy', 'rich', 'penstock.testing'} & set(sys.modules))"
-    )
+    code = "import sys, penstock.cli.generate; print({'numpy', 'rich', 'penstock.testing'} & set(sys.modules))"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert output.stdout.strip() == "set()"

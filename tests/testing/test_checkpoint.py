@@ -61,9 +61,7 @@ class TestShards:
     )
     def test_file_sizes_are_the_published_ones(self, preset: str, file_bytes: list[int]) -> None:
         files = shards(tensors(PRESETS[preset]))
-        assert [
-            len(safetensors_header(file)) + sum(spec.size_bytes for spec in file) for file in files
-        ] == file_bytes
+        assert [len(safetensors_header(file)) + sum(spec.size_bytes for spec in file) for file in files] == file_bytes
 
     def test_files_are_filled_by_module_and_sorted_by_name(self) -> None:
         first, second = shards([TensorSpec(name, "BF16", (10,)) for name in "dcba"], 50)
@@ -113,12 +111,8 @@ class TestSafetensors:
                     found[name] = TensorSpec(name, "BF16", tuple(tensor.shape))
         assert found == planned
 
-    @pytest.mark.parametrize(
-        "preset", ["tiny-llama", "llama-3.2-1b", "qwen2.5-7b", "opt-6.7b", "mixtral-8x7b"]
-    )
-    def test_transformers_loads_it(
-        self, preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    @pytest.mark.parametrize("preset", ["tiny-llama", "llama-3.2-1b", "qwen2.5-7b", "opt-6.7b", "mixtral-8x7b"])
+    def test_transformers_loads_it(self, preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         torch = pytest.importorskip("torch", reason="torch is not installed")
         transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -128,9 +122,7 @@ class TestSafetensors:
         )
         assert {key: value for key, value in loading.items() if value} == {}
         assert model.dtype == torch.bfloat16
-        stored = next(
-            data for file in files for name, data in stored_tensors(file).items() if "embed_tok" in name
-        )
+        stored = next(data for file in files for name, data in stored_tensors(file).items() if "embed_tok" in name)
         embedding = model.get_input_embeddings().weight.detach()
         assert embedding.contiguous().view(torch.uint8).numpy().tobytes() == stored
         assert bool(model(torch.tensor([[1, 2, 3]])).logits.isfinite().all())
@@ -158,9 +150,7 @@ class TestSafetensors:
 
     def test_progress_adds_up_to_the_files(self, tmp_path: Path) -> None:
         steps: list[int] = []
-        files = generate_checkpoint(
-            tmp_path, SMALL, size_bytes=150 * KiB, shard_bytes=64 * KiB, progress=steps.append
-        )
+        files = generate_checkpoint(tmp_path, SMALL, size_bytes=150 * KiB, shard_bytes=64 * KiB, progress=steps.append)
         assert sum(steps) == sum(file.stat().st_size for file in files)
 
 
@@ -224,9 +214,7 @@ class TestFailures:
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            generate_checkpoint(
-                target, SMALL, seed=1, shard_bytes=64 * KiB, overwrite=overwrite, progress=interrupt
-            )
+            generate_checkpoint(target, SMALL, seed=1, shard_bytes=64 * KiB, overwrite=overwrite, progress=interrupt)
         if overwrite:
             assert {path.name: path.read_bytes() for path in target.iterdir()} == before
         else:

@@ -47,9 +47,7 @@ class TestScaled:
     def test_scaled_comes_within_half_a_layer(self, preset: str, size_bytes: int) -> None:
         shape = scaled(PRESETS[preset], size_bytes)
         total_bytes = sum(spec.size_bytes for spec in tensors(shape))
-        layer_bytes = sum(
-            spec.size_bytes for spec in tensors(shape) if f".layers.{shape.layers - 1}." in spec.name
-        )
+        layer_bytes = sum(spec.size_bytes for spec in tensors(shape) if f".layers.{shape.layers - 1}." in spec.name)
         assert abs(total_bytes - size_bytes) <= layer_bytes / 2
         assert shape.vocab_size == PRESETS[preset].vocab_size
 
