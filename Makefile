@@ -1,8 +1,8 @@
 # Each target sets up what it needs in .venv, also from a fresh clone. Choose an interpreter with PYTHON=python3.12.
 
 PYTHON ?= python3
-# On PyPI, torch for Linux on x86-64 comes with gigabytes of CUDA libraries; here are builds without.
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# An index with CPU builds of torch, where pip's own has only builds with gigabytes of CUDA libraries.
+TORCH_INDEX ?=
 ARGS ?=
 BENCH_ARGS ?= --size 2GiB --rounds 3
 
@@ -56,7 +56,7 @@ $(VENV)/.installed: pyproject.toml $(VENV)/.made
 
 # torch first and by itself, so that its index is asked for nothing else.
 $(VENV)/.installed-dev: pyproject.toml $(VENV)/.made
-	$(PIP) install --quiet --extra-index-url $(TORCH_INDEX) '$(TORCH)'
+	$(PIP) install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) '$(TORCH)'
 	$(PIP) install --quiet --editable '.[bench]' --group dev
 	@touch $@ $(VENV)/.installed
 
