@@ -115,7 +115,7 @@ class TestResidency:
             os.close(asked)
         assert set(np.flatnonzero(answers).tolist()) == expected
 
-    @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(
         reads=st.lists(st.tuples(st.integers(0, 63), st.integers(1, 8)), max_size=4),
         start=st.integers(0, 64 * PAGE_BYTES),

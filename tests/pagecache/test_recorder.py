@@ -102,9 +102,9 @@ class TestTemplate:
         recorder = Recorder()
         recorder.record(1, A, 0, MiB)
         first = recorder.template("serve", "/m", name_of)
-        recorder.record(1, A, 400 * MiB, 401 * MiB)
+        recorder.record(1, A, 300 * MiB, 301 * MiB)
         second = recorder.template("serve", "/m", name_of)
         assert first is not None
         assert second is not None
         assert first.groups == ((Range(A.name, 0, MiB),),)
-        assert second.groups == ((Range(A.name, 0, MiB), Range(A.name, 400 * MiB, 401 * MiB)),)
+        assert second.groups == ((Range(A.name, 0, MiB), Range(A.name, 300 * MiB, 301 * MiB)),)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import gc
 import os
 import sys
 import time
@@ -15,7 +14,6 @@ import click
 from penstock.cli.paths import fingerprint_directory, template_directory
 from penstock.errors import PenstockError, UnsupportedError
 from penstock.linux.program import Program, exit_like
-from penstock.pagecache.base import Policy
 from penstock.pagecache.files import models_in_command
 from penstock.pagecache.policies import create_policy
 from penstock.units import parse_size
@@ -141,7 +139,6 @@ def run(
         if reason and observer == "auto":
             session.warnings.append(f"observing through /proc, because tracefs is not usable: {reason}")
         session.begin()
-        gc.freeze()
     except Exception as error:  # noqa: BLE001 — whatever it is, the program goes on without us
         session = None
         click.echo(f"penstock: not prefetching: {type(error).__name__}: {error}", err=True)
@@ -152,7 +149,7 @@ def run(
     if session is not None:
         try:
             outcome = session.finish()
-            _tell(session, policy, policy_name, outcome, command, exit_code, wall_s, report, plot, quiet)
+            _tell(session, policy_name, outcome, command, exit_code, wall_s, report, plot, quiet)
         except Exception as error:  # noqa: BLE001 — the exit status is the program's
             click.echo(f"penstock: no report: {type(error).__name__}: {error}", err=True)
     sys.stdout.flush()
@@ -182,7 +179,6 @@ def _trace(pid: int, observer: str) -> tuple[Instance | None, str]:
 
 def _tell(
     session: Session,
-    policy: Policy,
     policy_name: str,
     outcome: Outcome,
     command: tuple[str, ...],
@@ -194,7 +190,6 @@ def _tell(
 ) -> None:
     from penstock.report.report import Report, Sample, summary_lines
 
-    del policy
     report = Report(
         service=session.service,
         mode=session.mode,
@@ -215,7 +210,7 @@ def _tell(
             Sample(s.t_s, s.device_read_bytes, s.accessed_bytes, s.resident_bytes) for s in outcome.timeline
         ),
         command=command,
-        model_bytes=session.model_bytes(),
+        model_bytes=session.final_model_bytes,
         loader_method=outcome.loader_method,
         memory_source=outcome.budget.source,
         budget_bytes=outcome.budget.bytes,
@@ -226,6 +221,14 @@ def _tell(
     if report_path is not None:
         report.save(report_path)
     if plot_path is not None:
-        from penstock.report.plot import plot
+        from penstock.report.plot import label, plot
 
-        plot([(f"{report.mode} · {policy_name}", report)], plot_path, None)
+        plot([(label(report), report)], plot_path, _device_limit(session))
+
+
+def _device_limit(session: Session) -> float | None:
+    """Bytes a second that the device gives without the page cache, measured on the largest model file."""
+    from penstock.storage.probe import measure_read_bandwidth
+
+    largest = max(session.files, key=lambda file: file.size_bytes, default=None)
+    return measure_read_bandwidth(largest.path) if largest else None

@@ -98,10 +98,10 @@ def mincore(fd: int, start: int, stop: int) -> NDArray[np.bool_]:
 
     Only truthful for a caller who owns or may write the file: see `may_inspect`.
     """
+    if stop <= start:
+        return np.zeros(0, np.bool_)
     start -= start % PAGE_BYTES
     length = stop - start
-    if length <= 0:
-        return np.zeros(0, np.bool_)
     pages = np.zeros(-(-length // PAGE_BYTES), np.uint8)
     address = _mmap(None, length, mmap.PROT_READ, mmap.MAP_SHARED, fd, start)
     try:
@@ -219,6 +219,8 @@ class FileResidency:
 
     def is_resident(self, start: int, stop: int) -> bool:
         """Whether all of the range is cached (all of its samples, where only sampling is possible)."""
+        if self.exact and stop > start:  # whole pages: half of one and half of the next are two
+            start, stop = start // PAGE_BYTES * PAGE_BYTES, -(-stop // PAGE_BYTES) * PAGE_BYTES
         return self.resident_bytes(start, stop) >= stop - start
 
 

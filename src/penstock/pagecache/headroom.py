@@ -18,6 +18,7 @@ _KEEP_BYTES = 1 * GiB  # behind a reader, with ample memory; the paper's
 _KEEP_SHARE = 0.1  # of the budget, with less. Chosen: a prototype ran well with 0.07 to 0.15.
 _BUSY_SHARE = 0.25  # of what the device reads may be for others before we read less at once
 _BUSY_BYTES_PER_S = 50e6
+_BUSY_INTERVAL_S = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,7 @@ class DeviceMonitor:
         self._devices: dict[int, BlockDevice] = {}
         self._began_bytes: dict[int, int] = {}
         self._last = (time.monotonic(), 0, 0)
+        self._busy = False
 
     def watch(self, device: int) -> None:
         """Count this device too, from now on."""
@@ -83,16 +85,29 @@ class DeviceMonitor:
         return sum(device.read_bytes() - self._began_bytes[number] for number, device in self._devices.items())
 
     def others_are_busy(self, pids: Iterable[int]) -> bool:
-        """Whether others read more than a quarter of what the devices did since the last call."""
+        """Whether others read more than a quarter of what the devices did in the last quarter of a second.
+
+        A shorter interval would tell little: reads are charged to a process when they are submitted, and counted
+        by the device when they are done.
+
+        Args:
+            pids: the processes of the program, whose reads are not others'.
+        """
         if not any(device.exists for device in self._devices.values()):
             return False
+        if time.monotonic() - self._last[0] < _BUSY_INTERVAL_S:
+            return self._busy
+        self._busy = self._look(pids)
+        return self._busy
+
+    def _look(self, pids: Iterable[int]) -> bool:
         now, total, ours = time.monotonic(), self.read_bytes(), _read_by([os.getpid(), *pids])
         before_s, total_before, ours_before = self._last
         self._last = (now, total, ours)
         read, own = total - total_before, max(0, ours - ours_before)
         if read < _BUSY_BYTES_PER_S * (now - before_s):
             return False
-        return read - own > _BUSY_SHARE * read + 4 * MiB
+        return read - own > _BUSY_SHARE * read + 16 * MiB
 
     def close(self) -> None:
         """Close its files."""

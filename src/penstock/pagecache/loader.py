@@ -20,7 +20,7 @@ from penstock.units import MiB
 
 # Measured on a virtio disk of 2.1 GB/s: 2 to 8 threads of 2 to 16 MiB all reach it; one thread does not. Four
 # of 4 MiB keep 16 MiB in flight for faster drives and are interrupted within 2 ms a GB/s.
-_THREADS = 4
+THREADS = 4
 _CHUNK_BYTES = 4 * MiB
 _SCRATCH_BYTES = 1 * MiB
 
@@ -47,7 +47,7 @@ class Loader:
         self,
         ledger: Ledger,
         node_of_worker: Callable[[int], int | None] = lambda _: None,
-        threads: int = _THREADS,
+        threads: int = THREADS,
     ) -> None:
         self._ledger = ledger
         self._node_of_worker = node_of_worker
@@ -75,7 +75,7 @@ class Loader:
             self._queue = deque(requests)
             self._condition.notify_all()
 
-    def set_limits(self, allowance_bytes: int, threads: int = _THREADS) -> None:
+    def set_limits(self, allowance_bytes: int, threads: int = THREADS) -> None:
         """How many bytes may be cached ahead of the readers, and how many chunks may be read at once."""
         with self._condition:
             raised = allowance_bytes > self._allowance_bytes or threads > self._active_limit

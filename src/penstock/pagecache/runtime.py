@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,7 +16,7 @@ from penstock.pagecache.base import Access, Evict, ModelFile, Policy, Prefetch
 from penstock.pagecache.evictor import Evictor
 from penstock.pagecache.headroom import Budget, DeviceMonitor, Headroom
 from penstock.pagecache.ledger import Ledger
-from penstock.pagecache.loader import Loader
+from penstock.pagecache.loader import THREADS, Loader
 from penstock.pagecache.observers.base import Observed, Observer
 from penstock.pagecache.recorder import Recorder
 
@@ -78,6 +78,7 @@ class Runtime:
         clock_start_s: time.monotonic() of the program's start.
         on_quiet: called each time that reading has stopped for a while: a service reads once and then serves for
             days, and may be killed with penstock.
+        pids: the program's processes: what they read from the device is not for others.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class Runtime:
         sampling: bool = False,
         clock_start_s: float | None = None,
         on_quiet: Callable[[], None] = lambda: None,
+        pids: Callable[[], Iterable[int]] = lambda: (),
     ) -> None:
         self._policy: Policy | None = policy
         self._ignores_memory = policy.ignores_memory
@@ -105,6 +107,7 @@ class Runtime:
         self._model_bytes = model_bytes
         self._sampling = sampling
         self._on_quiet = on_quiet
+        self._pids = pids
         self._began_s = time.monotonic() if clock_start_s is None else clock_start_s
         self._loader = Loader(ledger, node_of_worker)
         self._evictor = Evictor(ledger, observer.mapped_parts)
@@ -230,7 +233,7 @@ class Runtime:
             allowance = int(budget.bytes * _UNEVICTABLE_SHARE)
         if self._ignores_memory:
             allowance = 1 << 62
-        threads = 1 if self._devices.others_are_busy(self._recorder.pids) else 4
+        threads = 1 if self._devices.others_are_busy(self._pids()) else THREADS
         self._loader.set_limits(allowance, threads)
         if self._burning:
             self._evict(self._ask("evict", partial(_evict, None)))

@@ -12,7 +12,7 @@ from typing import Literal
 from penstock.errors import ObserverError, TemplateError, TemplateStaleError
 from penstock.linux import numa, process
 from penstock.linux.tracefs import Instance
-from penstock.pagecache.base import Context, Policy
+from penstock.pagecache.base import Context, ModelFile, Policy
 from penstock.pagecache.files import ModelFiles
 from penstock.pagecache.fingerprints import FingerprintCache
 from penstock.pagecache.headroom import Headroom
@@ -72,6 +72,7 @@ class Session:
         self._environment = environment
         self._started_s = started_s
         self.warnings: list[str] = []
+        self.final_model_bytes = 0  # what `model_bytes` was at the end
         self._files = ModelFiles(options.models)
         self.service = options.service or service_id(options.command, self._files.roots, environment, os.getcwd())
         self._store = TemplateStore(options.templates)
@@ -97,7 +98,13 @@ class Session:
             sampling=options.sampling,
             clock_start_s=started_s,
             on_quiet=self._store_template,
+            pids=self._pids,
         )
+
+    @property
+    def files(self) -> tuple[ModelFile, ...]:
+        """The model files known so far."""
+        return tuple(self._files)
 
     @property
     def observer(self) -> str:
@@ -111,6 +118,7 @@ class Session:
     def finish(self) -> Outcome:
         """The program has ended: store what was recorded and take everything back."""
         outcome = self._runtime.stop()
+        self.final_model_bytes = self.model_bytes()
         self.warnings += outcome.warnings
         if self._policy.mismatch:
             self.warnings.append(f"the template did not fit this run ({self._policy.mismatch}); recorded anew")
@@ -120,6 +128,12 @@ class Session:
         self._headroom.close()
         self._ledger.close()
         return outcome
+
+    def _pids(self) -> list[int]:
+        try:
+            return process.descendants(self._pid)
+        except ProcessLookupError:
+            return []
 
     def model_bytes(self) -> int:
         """What the program will read: the template's, or the files that go with those it has read."""
@@ -170,7 +184,12 @@ class Session:
                 self.warnings.append(f"observing through /proc instead: {error}")
             else:
                 return observer
-        fallback = ProcessObserver(self._files, self._ledger, self._template.groups if self._template else ())
+        fallback = ProcessObserver(
+            self._files,
+            self._ledger,
+            self._template.groups if self._template else (),
+            only_known=self._options.models_are_all,
+        )
         try:
             fallback.start(self._pid)
         except ObserverError as error:

@@ -99,10 +99,12 @@ class ProcessTree:
     Args:
         pid: the tree's root.
         files: known model files; files newly found are added.
+        only_known: add none; the known ones are all there is to see.
     """
 
-    def __init__(self, pid: int, files: ModelFiles) -> None:
+    def __init__(self, pid: int, files: ModelFiles, *, only_known: bool = False) -> None:
         self._root = pid
+        self._only_known = only_known
         self._files = files
         self._processes: dict[int, _Process] = {}
         self._ignored: set[tuple[int, int]] = set()
@@ -163,7 +165,7 @@ class ProcessTree:
         if (device, inode) in self._ignored:
             return None
         file = self._files.get(device, inode)
-        if file is not None:
+        if file is not None or self._only_known:
             return file
         try:
             size_bytes = os.stat(path).st_size if size_bytes is None else size_bytes

@@ -30,12 +30,21 @@ class ProcessObserver(Observer):
         files: the model's files; grows as the program opens more.
         ledger: what is cached because of the prefetcher, which is not the program's doing.
         groups: a template's, to turn byte counts into positions.
+        only_known: the files are all there is to watch (``--model``).
     """
 
     name = "process"
 
-    def __init__(self, files: ModelFiles, ledger: Ledger, groups: Sequence[Sequence[Range]] = ()) -> None:
+    def __init__(
+        self,
+        files: ModelFiles,
+        ledger: Ledger,
+        groups: Sequence[Sequence[Range]] = (),
+        *,
+        only_known: bool = False,
+    ) -> None:
         self._files = files
+        self._only_known = only_known
         self._ledger = ledger
         self._groups = [list(group) for group in groups]
         self._tree: ProcessTree | None = None
@@ -48,7 +57,7 @@ class ProcessObserver(Observer):
             process.read_maps(pid)
         except (OSError, ProcessLookupError) as error:
             raise ObserverError(f"/proc/{pid} cannot be read: {error}") from error
-        self._tree = ProcessTree(pid, self._files)
+        self._tree = ProcessTree(pid, self._files, only_known=self._only_known)
 
     def poll(self) -> Sequence[Observed]:
         tree = self._tree

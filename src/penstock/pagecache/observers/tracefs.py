@@ -64,7 +64,7 @@ class TracefsObserver(Observer):
         except (OSError, UnsupportedError) as error:
             self.stop()
             raise ObserverError(f"tracefs: {error}") from error
-        self._tree = ProcessTree(pid, self._files)
+        self._tree = ProcessTree(pid, self._files, only_known=self._only_known)
 
     @property
     def _misses_only(self) -> bool:

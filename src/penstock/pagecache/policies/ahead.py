@@ -71,9 +71,10 @@ class ReadAhead:
             stream.window = min(stream.window * 2, self._largest)
         stream.front = max(stream.front, stream.position) + stream.window
         self._windows[access.worker] = stream.window
-        return self._wanted()
+        return self.wanted()
 
-    def _wanted(self) -> list[Prefetch]:
+    def wanted(self) -> list[Prefetch]:
+        """All that lies in the windows, of the reader that has last read first."""
         wanted = []
         streams = sorted(self._streams.items(), key=lambda item: -item[1].last_use)
         for (worker, file), stream in streams[:64]:

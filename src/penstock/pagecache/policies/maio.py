@@ -138,7 +138,8 @@ class Maio(Policy):
 
     def _leave_template(self, access: Access, why: str) -> Sequence[Prefetch]:
         self.mismatch = why
-        return self._ahead.prefetch(access)
+        nothing = Prefetch(access.file, access.stop, access.stop)  # an empty answer would leave the template queued
+        return self._ahead.prefetch(access) or self._ahead.wanted() or [nothing]
 
     def _remaining(self) -> list[Prefetch]:
         """The plan from where each worker is, and then what it has left out and may come back to."""
