@@ -60,8 +60,10 @@ def ledger() -> Iterator[Ledger]:
 
 @pytest.fixture
 def cached(file: ModelFile) -> None:
-    """The whole file is in the cache."""
+    """The whole file is in the cache, in single pages: a large folio goes only whole."""
     with open(file.path, "rb", buffering=0) as reader:
+        os.posix_fadvise(reader.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(reader.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
         while reader.read(8 * MiB):
             pass
 
@@ -185,6 +187,7 @@ def test_a_file_that_is_gone(ledger: Ledger, tmp_path: Path) -> None:
 
 @pytest.mark.root
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs CAP_SYS_NICE, to page out another process's memory")
+@pytest.mark.usefixtures("cached")
 class TestMapped:
     def test_pages_that_a_child_maps_go_and_it_still_reads_them(self, ledger: Ledger, file: ModelFile) -> None:
         with mappers(file, 1) as ([child], parts):
@@ -249,6 +252,7 @@ print("CAP_SYS_NICE" in evictor.warning, ledger.totals().evicted_bytes)
 """
 
 
+@pytest.mark.usefixtures("cached")
 def test_an_ordinary_user_is_told_what_cannot_be_done(file: ModelFile, as_ordinary_user: list[str]) -> None:
     with mappers(file, 1) as ([child], _):
         numbers = (child.address, child.popen.pid, file.size_bytes, file.device, file.inode)

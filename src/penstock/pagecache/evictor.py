@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from penstock.linux.pagecache import drop, page_out
+from penstock.linux.pagecache import PAGE_BYTES, drop, page_out
 from penstock.pagecache.base import ModelFile
 from penstock.pagecache.intervals import IntervalSet
 from penstock.pagecache.ledger import Ledger
@@ -50,7 +50,7 @@ class Evictor:
             OSError: the file is gone.
         """
         pending = self._pending.setdefault(file, IntervalSet())
-        pending.add(start, stop)
+        pending.add(start // PAGE_BYTES * PAGE_BYTES, stop)  # addresses are paged out in whole pages
         if pending.total < _BATCH_BYTES and not at_once:
             return
         for low, high in list(pending):

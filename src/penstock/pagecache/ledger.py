@@ -59,11 +59,14 @@ class Ledger:
             found = self._records.get(file)
             if found is None:
                 fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
-                status = os.fstat(fd)
-                if (status.st_dev, status.st_ino) != (file.device, file.inode):
+                try:
+                    status = os.fstat(fd)
+                    if (status.st_dev, status.st_ino) != (file.device, file.inode):
+                        raise FileNotFoundError(2, "replaced by another file while the program ran", file.path)
+                    found = self._records[file] = FileRecord(file, fd, FileResidency(fd))
+                except BaseException:
                     os.close(fd)
-                    raise FileNotFoundError(2, "replaced by another file while the program ran", file.path)
-                found = self._records[file] = FileRecord(file, fd, FileResidency(fd))
+                    raise
             return found
 
     def records(self) -> list[FileRecord]:
