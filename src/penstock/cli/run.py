@@ -188,7 +188,7 @@ def _tell(
     plot_path: Path | None,
     quiet: bool,
 ) -> None:
-    from penstock.report.report import Report, Sample, summary_lines
+    from penstock.report.report import Report, summary_lines
 
     report = Report(
         service=session.service,
@@ -206,9 +206,7 @@ def _tell(
         bytes_device_read=outcome.device_read_bytes,
         peak_resident_bytes=outcome.peak_resident_bytes,
         warnings=tuple(session.warnings),
-        timeline=tuple(
-            Sample(s.t_s, s.device_read_bytes, s.accessed_bytes, s.resident_bytes) for s in outcome.timeline
-        ),
+        timeline=outcome.timeline,
         command=command,
         model_bytes=session.final_model_bytes,
         loader_method=outcome.loader_method,

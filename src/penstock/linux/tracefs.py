@@ -348,7 +348,7 @@ def records(data: bytes) -> Iterator[bytes]:
 def follow(pid: int, announce: Callable[[str], None] | None = None) -> Instance:
     """Record a process tree's page-cache accesses from now on, in an own instance.
 
-    Where the kernel lacks the access tracepoints (before 6.9), what is added to the page cache is recorded
+    Where the kernel lacks the access tracepoints (6.1 does), what is added to the page cache is recorded
     instead: misses only.
 
     Args:

@@ -19,6 +19,7 @@ from penstock.pagecache.ledger import Ledger
 from penstock.pagecache.loader import THREADS, Loader
 from penstock.pagecache.observers.base import Observed, Observer
 from penstock.pagecache.recorder import Recorder
+from penstock.pagecache.sample import Sample
 
 _POLL_S = 0.012
 _IDLE_POLL_S = 0.1  # once nothing was read for _IDLE_S
@@ -35,16 +36,6 @@ class CacheMode(enum.Enum):
     AUTO = "auto"  # burnt when the model does not fit, kept when it does
     KEEP = "keep"
     BURN = "burn"
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """The state at one moment; bytes since the start."""
-
-    t_s: float
-    device_read_bytes: int
-    accessed_bytes: int
-    resident_bytes: int
 
 
 @dataclass(frozen=True, slots=True)

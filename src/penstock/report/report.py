@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from penstock import __version__
 from penstock.errors import ReportError
+from penstock.pagecache.sample import Sample
 from penstock.units import format_size
 
 FORMAT = "penstock-report"
@@ -24,16 +25,6 @@ VERSION = 1
 Mode: TypeAlias = Literal["record", "replay", "observe"]
 
 _PAST: dict[Mode, str] = {"record": "recorded", "replay": "replayed", "observe": "observed"}
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """The sums at one moment of a run."""
-
-    t_s: float  # since the program's start
-    device_read_bytes: int  # fetched from the device since then
-    accessed_bytes: int  # of the model, each byte once
-    resident_bytes: int  # page cache of the model's files
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +51,7 @@ class Report:
     model_bytes: int = 0
     loader_method: str = ""
     memory_source: str = ""  # what bounds the memory: "host", or a cgroup
-    budget_bytes: int = 0  # page cache that the model was allowed at the start
+    budget_bytes: int = 0  # page cache that the model was allowed, as last read
     penstock_version: str = __version__
 
     def to_json(self) -> str:

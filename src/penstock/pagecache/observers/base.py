@@ -34,7 +34,7 @@ class Observed:
 
 
 class Observer(ABC):
-    """Tells what a process tree reads of the model's files. The contract is `testing.ObserverTests`.
+    """Tells what a process tree reads of the model's files. The contract: `testing.observer`.
 
     An observer never slows a reader down on purpose and never blocks it. It may be late by a poll, and it may
     report up to 2 MiB (what one page-table entry maps) more than was touched; it reports nothing that was not.
