@@ -20,6 +20,7 @@ COLD_SHARE = 0.01
 RESIDENT_SHARE = 0.99
 _THREADS = 2
 _SETTLE_S = 2.0
+_SETTLED_BYTES = 1 * GiB  # less makes no difference that can be measured
 _STALLED_BYTES = 512 * MiB
 
 
@@ -121,7 +122,7 @@ class Ballast:
                         self.fill()
                 drop(fd)  # folios that lay across two steps
         self.fill()
-        if self._path is None:
+        if self._path is None and sum(path.stat().st_size for path in files) >= _SETTLED_BYTES:
             time.sleep(_SETTLE_S)  # until the host has what it takes back: every run is to begin alike
         if (share := resident_share(files)) > COLD_SHARE:
             raise RunError(f"{share:.1%} of the model is still cached; another process maps it")

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from penstock.errors import ObserverError, UnsupportedError
+from penstock.linux.pagecache import drop
 from penstock.linux.tracefs import ACCESS_EVENTS, TraceFs
 from penstock.pagecache.files import ModelFiles
 from penstock.pagecache.ledger import Ledger
@@ -60,6 +61,30 @@ class TestProcessObserver(ObserverTests):
         ledger = Ledger()
         with pytest.raises(ObserverError, match=f"/proc/{child.pid}"):
             self.make_observer(ModelFiles(), ledger).start(child.pid)
+
+
+@pytest.mark.parametrize("model_cached", [False, True])
+def test_a_small_file_read_between_two_looks(tmp_path: Path, model_cached: bool) -> None:
+    path = write_files(tmp_path)[0]
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        drop(file.fileno())
+        if model_cached:
+            file.read()
+    ledger, files = Ledger(), ModelFiles([path])
+    observer = ProcessObserver(files, ledger, only_known=True)
+    gate, starter = os.pipe()
+    reader = subprocess.Popen(
+        [sys.executable, "-c", "import sys; sys.stdin.read(); open(sys.argv[1], 'rb').read()", str(path)], stdin=gate
+    )
+    observer.start(reader.pid)
+    os.close(starter)
+    assert reader.wait() == 0
+    seen = observer.last_poll()
+    observer.stop()
+    ledger.close()
+    os.close(gate)
+    assert sum(part.stop - part.start for part in seen) == (0 if model_cached else path.stat().st_size)
 
 
 @pytest.mark.root

@@ -165,7 +165,7 @@ class Runtime:
         while True:
             ending = self._stopping.is_set()
             now = time.monotonic()
-            observed = self._observer.poll()
+            observed = self._observer.last_poll() if ending else self._observer.poll()
             if observed:
                 self._handle(observed, now - self._began_s)
                 self._loader.nudge()

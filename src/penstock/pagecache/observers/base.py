@@ -18,7 +18,7 @@ from penstock.pagecache.intervals import IntervalSet
 from penstock.units import KiB
 
 _SMALLEST_MAPPING_BYTES = 256 * KiB
-_REFRESH_S = 0.05
+_REFRESH_S = 0.01  # a small shard may be mapped for no longer
 _MOST_SCANS = 8
 _REFRESH_SHARE = 0.1  # of the time, at most, goes into looking through /proc
 
@@ -53,6 +53,10 @@ class Observer(ABC):
     @abstractmethod
     def poll(self) -> Sequence[Observed]:
         """What was read since the last call, in order, neighbouring bytes merged."""
+
+    def last_poll(self) -> Sequence[Observed]:
+        """What was read since the last call, as far as it can still be told once the program has ended."""
+        return self.poll()
 
     @abstractmethod
     def mapped_parts(self, file: ModelFile) -> Sequence[MappedPart]:

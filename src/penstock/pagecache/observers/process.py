@@ -3,11 +3,13 @@
 mmap readers are seen through the page tables (which pages of a mapping they have touched), read() readers
 through their descriptors' positions. A pread() reader moves no position; its bytes are counted by
 /proc/PID/io, and with a template a count is a position in it. Without a template, what became resident in a
-file that it holds open is taken as read.
+file that it holds open is taken as read. So is, at the end, what became resident in a known file of which
+nothing was seen: a program may open, read and close a small one between two looks.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 from penstock.errors import ObserverError
@@ -16,11 +18,13 @@ from penstock.linux.pagecache import PAGE_BYTES, FileResidency, ResidencyMethod,
 from penstock.pagecache.base import ModelFile, Range
 from penstock.pagecache.evictor import MappedPart
 from penstock.pagecache.files import ModelFiles
-from penstock.pagecache.ledger import Ledger
+from penstock.pagecache.intervals import IntervalSet
+from penstock.pagecache.ledger import FileRecord, Ledger
 from penstock.pagecache.observers.base import Observed, Observer, ProcessTree
 from penstock.units import MiB
 
 _UNEXPLAINED_BYTES = 1 * MiB  # of /proc/PID/io, before anybody looks for pread()
+_LARGEST_UNSEEN_BYTES = 512 * MiB  # no storage gives more between two looks
 
 
 class ProcessObserver(Observer):
@@ -48,6 +52,9 @@ class ProcessObserver(Observer):
         self._ledger = ledger
         self._groups = [list(group) for group in groups]
         self._tree: ProcessTree | None = None
+        self._pid = 0
+        self._cached_before: dict[ModelFile, IntervalSet] = {}
+        self._seen: set[ModelFile] = set()
         self._counted: dict[int, int] = {}  # rchar at the last look, by pid
         self._explained: dict[int, int] = {}  # bytes seen since then by other means
         self._cursors: dict[int, tuple[int, int, int]] = {}  # pid -> group, range, bytes into it
@@ -58,11 +65,35 @@ class ProcessObserver(Observer):
         except (OSError, ProcessLookupError) as error:
             raise ObserverError(f"/proc/{pid} cannot be read: {error}") from error
         self._tree = ProcessTree(pid, self._files, only_known=self._only_known)
+        self._pid = pid
+        for file in () if self._groups else self._files:
+            if file.size_bytes > _LARGEST_UNSEEN_BYTES:
+                continue
+            with contextlib.suppress(OSError):
+                record = self._ledger.record(file)
+                self._cached_before[file] = _cached(record)
 
     def poll(self) -> Sequence[Observed]:
+        found = self._poll()
+        self._seen.update(part.file for part in found)
+        return found
+
+    def last_poll(self) -> Sequence[Observed]:
+        found = list(self.poll())
+        for file, before in self._cached_before.items():
+            if file in self._seen:
+                continue
+            with contextlib.suppress(OSError):
+                record = self._ledger.record(file)
+                for low, high in record.present.missing(0, file.size_bytes):
+                    for start, stop in _resident(record.residency, record.fd, low, high):
+                        found += [Observed(self._pid, file, a, b) for a, b in before.missing(start, stop)]
+        return found
+
+    def _poll(self) -> list[Observed]:
         tree = self._tree
         if tree is None:
-            return ()
+            return []
         refreshed = tree.refresh()
         found = tree.touched()
         if refreshed or any(tree.open_unmapped().values()):
@@ -139,8 +170,19 @@ class ProcessObserver(Observer):
         return ()
 
 
+def _cached(record: FileRecord) -> IntervalSet:
+    """What is cached of a file. Where only sampling is possible: all or nothing, by a few pages near its start."""
+    size_bytes = record.file.size_bytes
+    if record.residency.exact:
+        return IntervalSet(_resident(record.residency, record.fd, 0, size_bytes))
+    sampled = record.residency.resident_bytes(0, min(4 * MiB, size_bytes // 2))
+    return IntervalSet([(0, size_bytes)] if sampled else [])
+
+
 def _resident(residency: FileResidency, fd: int, start: int, stop: int) -> list[tuple[int, int]]:
     """Resident ranges of a file, to the page where that can be asked, else to the MiB."""
+    if residency.exact and not residency.resident_bytes(start, stop):
+        return []
     if residency.method in (ResidencyMethod.CACHESTAT, ResidencyMethod.MINCORE):
         first = start // PAGE_BYTES
         pages = mincore(fd, start, stop)
