@@ -5,13 +5,12 @@ turn, round by round, each round beginning with another arm; ratios are taken wi
 these is what counts. The limit L is measured between the rounds of the same run: a load cannot end before the
 program is through with a model that is in memory already, nor before the disk has delivered the bytes.
 
-**The state of memory is part of the method.** By default memory is free, as after a boot: what a run before left in
-the page cache is dropped by fadvise and given two seconds. A virtual machine that hands freed memory back to its
-host then pays for touching it again, 2-6 microseconds a 4 KiB page, in every cold arm alike: in the program where
-the kernel alone reads, in the prefetcher's threads where there is one. Machines that keep their memory do not pay
-this, so with ``--ballast`` memory is kept as on a server that has been up for a while: full of old, clean page
-cache, the pages of a sparse file, whose holes are read as zeros without any I/O. A model is then made cold by
-swapping it against ballast in small steps, so that at no time much memory is free. The kernel reclaims it first.
+**The state of memory is part of the method.** By default memory is kept as on a server that has been up for a while:
+full of old, clean page cache, the pages of a sparse file, whose holes are read as zeros without any I/O. A model is
+made cold by swapping it against this ballast in small steps, and a thread drops ballast as a run takes memory, so that
+no run waits for reclaim. A virtual machine that hands freed memory back to its host would otherwise pay for touching it
+again, 3 to 9 microseconds a 4 KiB page, in every cold arm and by chance (docs/decisions/0008). With ``--no-ballast``
+memory is free, as after a boot: what a run before left in the page cache is dropped and given two seconds.
 
 How much of the model is resident is verified before every run; a cold run with more than 1 % fails. Every arm
 starts from the same state.

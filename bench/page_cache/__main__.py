@@ -108,9 +108,9 @@ Examples:
 @click.option("--quick", "is_quick", is_flag=True, help="A tiny model, one round, no ballast, no bars.")
 @click.option(
     "--ballast/--no-ballast",
-    default=False,
+    default=True,
     show_default=True,
-    help="Keep memory full of page cache, as on a server that has been up for a while, instead of free.",
+    help="Keep memory full of old page cache, as on a server that has been up for a while, or free.",
 )
 @click.option("--clean", is_flag=True, help="Remove the model afterwards.")
 def main(

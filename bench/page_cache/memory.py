@@ -1,27 +1,35 @@
-"""The state of memory before a run: full of ballast, and the model in it or not."""
+"""The state of memory before a run: full of old page cache or free, and the model in it or not."""
 
 from __future__ import annotations
 
 import mmap
 import os
+import threading
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
 from bench.page_cache.errors import BenchError, RunError
-from penstock.linux.pagecache import FileResidency, drop
+from penstock.linux.pagecache import FileResidency, drop, populate
 from penstock.units import GiB, MiB, format_size
 
-FREE_BYTES = 600 * MiB  # left free: an order of magnitude above the watermarks of a 24 GB machine
+# kswapd itself keeps about 1.6 GiB free while blocks of 2 MiB are asked for. The free pages have been away with the
+# host for long: the run is to get those that are dropped for it, so ballast goes as soon as it takes any.
+MOST_FREE_BYTES = 2 * GiB
+LEAST_FREE_BYTES = MOST_FREE_BYTES - 192 * MiB
 STEP_BYTES = 64 * MiB
 READ_BYTES = 8 * MiB
 COLD_SHARE = 0.01
 RESIDENT_SHARE = 0.99
+_DROP_BYTES = 256 * MiB
 _THREADS = 2
+_FILL_ATTEMPTS = 3
+_KEEPER_INTERVAL_S = 0.005
 _SETTLE_S = 2.0
 _SETTLED_BYTES = 1 * GiB  # less makes no difference that can be measured
-_STALLED_BYTES = 512 * MiB
+_BALLAST_FILE_BYTES = 8 << 40  # no offset is ever read twice: that would make its pages young
 
 
 def meminfo(name: str) -> int:
@@ -33,25 +41,31 @@ def meminfo(name: str) -> int:
 
 
 class Ballast:
-    """Old, clean page cache that keeps memory full, and the way to make a model cold without freeing memory.
+    """Old, clean page cache that keeps memory full, as on a machine that has been up for a while.
+
+    It is there for virtual machines whose host takes freed memory back: a page that has been away costs the
+    guest 3 to 9 µs at its first touch (1.2 to 3.5 s a GB), whoever touches it, and how many have been away is
+    chance. With ballast every run gets its memory from pages that were in use until then. A thread drops ballast
+    as the run takes memory, so that no run waits for reclaim.
 
     Args:
-        path: the sparse file; made here, removed by `close`. None: no ballast, for tests of the benchmark.
+        path: the sparse file; made here, removed by `close`. None: no ballast, memory is free.
     """
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self._pool = ThreadPoolExecutor(_THREADS)
         self._buffers = [mmap.mmap(-1, READ_BYTES) for _ in range(_THREADS)]
-        self._position = 0
+        self._next_start = 0
+        self._held: deque[int] = deque()
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
         if path is None:
             return
-        self._size_bytes = -(-meminfo("MemTotal") * 4 // 3 // GiB) * GiB
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        os.ftruncate(self._fd, self._size_bytes)
-        self._residency = FileResidency(self._fd)
-        for buffer in self._buffers:
-            buffer.write(bytes(READ_BYTES))
+        os.ftruncate(self._fd, _BALLAST_FILE_BYTES)
+        self._keeper = threading.Thread(target=self._keep, name="ballast-keeper", daemon=True)
+        self._keeper.start()
 
     def __enter__(self) -> Ballast:
         return self
@@ -65,63 +79,58 @@ class Ballast:
         """Give the memory back and remove the file."""
         self._pool.shutdown()
         if self._path is not None:
+            self._closing.set()
+            self._keeper.join()
             os.close(self._fd)
             self._path.unlink(missing_ok=True)
             self._path = None
 
     def fill(self) -> None:
-        """Read ballast until little memory is free."""
+        """Hold memory until little is free.
+
+        Raises:
+            BenchError: it cannot be filled.
+        """
         if self._path is None:
             return
-        least_bytes, since_bytes = meminfo("MemFree"), 0
-        while (excess_bytes := meminfo("MemFree") - FREE_BYTES) > 0:
-            wanted = min(excess_bytes // READ_BYTES + 1, STEP_BYTES // READ_BYTES)
-            starts = self._next(wanted)
-            since_bytes += sum(self._pool.map(self._read, [self._fd] * wanted, range(wanted), starts))
-            if excess_bytes + FREE_BYTES < least_bytes:
-                least_bytes, since_bytes = excess_bytes + FREE_BYTES, 0
-            elif since_bytes > _STALLED_BYTES:  # the kernel reclaims as fast as we read: memory is full
-                if least_bytes > 2 * FREE_BYTES:
-                    raise BenchError(
-                        f"{format_size(least_bytes)} stay free although {format_size(since_bytes)} of ballast were "
-                        "read; is the benchmark in a cgroup with a memory limit, or does another process free memory?"
-                    )
-                return
+        taken_bytes = 0
+        while (excess_bytes := meminfo("MemFree") - MOST_FREE_BYTES) > 0:
+            steps = min(excess_bytes // STEP_BYTES + 1, _THREADS)
+            list(self._pool.map(self._hold, range(steps)))
+            taken_bytes += steps * STEP_BYTES
+            if taken_bytes > 2 * meminfo("MemTotal"):
+                raise BenchError(
+                    f"{format_size(excess_bytes)} stay free although {format_size(taken_bytes)} of ballast were "
+                    "read; is the benchmark in a cgroup with a memory limit, or does another process free memory?"
+                )
 
-    def _next(self, count: int) -> list[int]:
-        """Offsets of the next reads; ballast that is still cached is passed over, not made young."""
-        reads: list[int] = []
-        passed_bytes = 0
-        while len(reads) < count:
-            start = self._position
-            self._position = (start + READ_BYTES) % self._size_bytes
-            if self._residency.resident_bytes(start, start + READ_BYTES) < READ_BYTES // 2:
-                reads.append(start)
-            elif (passed_bytes := passed_bytes + READ_BYTES) > self._size_bytes:
-                raise BenchError("all of the ballast is cached and memory is still free")
-        return reads
+    def _hold(self, _: int) -> None:
+        with self._lock:
+            start = self._next_start
+            self._next_start += STEP_BYTES
+        populate(self._fd, start, start + STEP_BYTES)
+        with self._lock:
+            self._held.append(start)
 
-    def _read(self, fd: int, index: int, start: int) -> int:
-        # Two reads may meet in a buffer: nobody looks at what they read.
-        return os.preadv(fd, [self._buffers[index % _THREADS]], start)
+    def _keep(self) -> None:
+        while not self._closing.wait(_KEEPER_INTERVAL_S):
+            while self._held and meminfo("MemFree") < LEAST_FREE_BYTES:
+                with self._lock:
+                    start = self._held.popleft()
+                drop(self._fd, start, start + STEP_BYTES)
 
     def make_cold(self, files: list[Path]) -> None:
-        """Swap the files' pages against ballast.
+        """Drop the files' pages, and hold the memory that they leave.
 
         Raises:
             RunError: more than 1 % stayed.
         """
         for path in files:
             with path.open("rb") as file:
-                fd, size_bytes = file.fileno(), path.stat().st_size
-                residency = FileResidency(fd)
-                for start in range(0, size_bytes, STEP_BYTES):
-                    stop = min(start + STEP_BYTES, size_bytes)
-                    if residency.resident_bytes(start, stop):
-                        drop(fd, start, stop)
-                        self.fill()
-                drop(fd)  # folios that lay across two steps
-        self.fill()
+                for start in range(0, path.stat().st_size, _DROP_BYTES):  # in steps: free memory does not stay long
+                    drop(file.fileno(), start, start + _DROP_BYTES)
+                    self.fill()
+                drop(file.fileno())  # folios that lay across two steps
         if self._path is None and sum(path.stat().st_size for path in files) >= _SETTLED_BYTES:
             time.sleep(_SETTLE_S)  # until the host has what it takes back: every run is to begin alike
         if (share := resident_share(files)) > COLD_SHARE:
@@ -133,20 +142,30 @@ class Ballast:
         Raises:
             RunError: less than 99 % is cached afterwards.
         """
-        for path in files:
-            with path.open("rb", buffering=0) as file:
-                residency = FileResidency(file.fileno())
-                size_bytes = path.stat().st_size
-                starts = [
-                    start
-                    for start in range(0, size_bytes, READ_BYTES)
-                    if not residency.is_resident(start, min(start + READ_BYTES, size_bytes))
-                ]
-                count = len(starts)
-                list(self._pool.map(self._read, [file.fileno()] * count, range(count), starts))
-        self.fill()
-        if (share := resident_share(files)) < RESIDENT_SHARE:
-            raise RunError(f"only {share:.1%} of the model can be kept in the cache; it needs more memory")
+        for _ in range(_FILL_ATTEMPTS):  # the kernel may take old pages of the model while new ones are read
+            for path in files:
+                self._fill_in(path)
+            self.fill()
+            share = resident_share(files)
+            if share >= RESIDENT_SHARE:
+                return
+        raise RunError(f"only {share:.1%} of the model can be kept in the cache; it needs more memory")
+
+    def _fill_in(self, path: Path) -> None:
+        with path.open("rb", buffering=0) as file:
+            residency = FileResidency(file.fileno())
+            size_bytes = path.stat().st_size
+            starts = [
+                start
+                for start in range(0, size_bytes, READ_BYTES)
+                if not residency.is_resident(start, min(start + READ_BYTES, size_bytes))
+            ]
+            count = len(starts)
+            list(self._pool.map(self._read, [file.fileno()] * count, range(count), starts))
+
+    def _read(self, fd: int, index: int, start: int) -> int:
+        # Two reads may meet in a buffer: nobody looks at what they read.
+        return os.preadv(fd, [self._buffers[index % _THREADS]], start)
 
 
 def resident_share(files: list[Path]) -> float:

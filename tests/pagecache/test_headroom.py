@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from penstock.linux.memory import read_memory
-from penstock.pagecache.headroom import THRESHOLD, Budget, DeviceMonitor, Headroom
+from penstock.pagecache.headroom import THRESHOLD, Budget, DeviceMonitor, Headroom, OwnReads
 from penstock.units import GiB, MiB
 
 
@@ -199,3 +199,26 @@ class TestDevices:
         monitor.watch(path.stat().st_dev)
         monitor.close()
         assert os.listdir("/proc/self/fd") == before
+
+
+@pytest.mark.parametrize(("accessed_bytes", "likely"), [(0, True), (1 * MiB, False)])
+def test_a_program_that_reads_its_own_files(tmp_path: Path, accessed_bytes: int, likely: bool) -> None:
+    path = tmp_path / "library"
+    path.write_bytes(os.urandom(4 * MiB))
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    code = "import sys; sys.stdin.readline(); open(sys.argv[1], 'rb').read(); print(flush=True); sys.stdin.readline()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as program:
+        assert program.stdin is not None
+        assert program.stdout is not None
+        reads = OwnReads()
+        reads.are_likely([program.pid], 0)
+        program.stdin.write(b"\n")
+        program.stdin.flush()
+        program.stdout.readline()
+        assert reads.are_likely([program.pid], accessed_bytes) is likely
+        program.stdin.close()
+    assert not OwnReads().are_likely([program.pid], 0)  # it has ended

@@ -18,9 +18,10 @@ from penstock.pagecache.ledger import FileRecord, Ledger
 from penstock.pagecache.toucher import Toucher
 from penstock.units import MiB
 
-# Measured on a virtio disk of 2.1 GB/s: 2 to 8 threads of 2 to 16 MiB all reach it; one thread does not. Four
-# of 4 MiB keep 16 MiB in flight for faster drives and are interrupted within 2 ms a GB/s.
-THREADS = 4
+# On idle CPUs two threads reach the 2.2 GB/s of a virtio disk. Beside a program that keeps both CPUs busy each wakes
+# up late between two folios of 2 MiB, and more of them in flight cover for it: 6.4 GB through one mapping took 4.6 s
+# with four, 3.5 s with eight, 3.6 s with sixteen (medians). Interrupted within 4 MiB a thread.
+THREADS = 8
 _CHUNK_BYTES = 4 * MiB
 _SCRATCH_BYTES = 1 * MiB
 
