@@ -178,6 +178,22 @@ def test_a_service_that_runs_on_has_its_template_stored(
     assert template.bytes_read == 2 * BYTES
 
 
+def test_two_models_that_the_command_does_not_name(tmp_path: Path, model: Path, reader: Path) -> None:
+    import shutil
+
+    second = tmp_path / "another" / "second"
+    shutil.copytree(model, second)
+    script = tmp_path / "both.sh"
+    script.write_text(f"for model in '{model}' '{second}'; do '{sys.executable}' '{reader}' \"$model\"; done\n")
+    reports = [tmp_path / "1.json", tmp_path / "2.json"]
+    for report in reports:
+        make_cold(model)
+        make_cold(second)
+        assert run("--service", "both", "--", "sh", script, report=report).returncode == 0
+    assert [read(report)["mode"] for report in reports] == ["record", "replay"]
+    assert read(reports[1])["bytes_prefetched"] == pytest.approx(4 * BYTES, rel=0.05)
+
+
 def test_a_shared_template_fits_another_path(tmp_path: Path, model: Path, reader: Path) -> None:
     import shutil
 

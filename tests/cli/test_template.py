@@ -24,7 +24,7 @@ RECORDED = Template(
         (Range("a.safetensors", 0, 2 * PAGE), Range("deeper/b.safetensors", 0, PAGE)),
         (Range("a.safetensors", 2 * PAGE, 5 * PAGE + 1),),
     ),
-    root_hint="/models/llama",
+    root_hints=("/models/llama",),
     recorded_at="2025-11-20T16:01:02+00:00",
 )
 

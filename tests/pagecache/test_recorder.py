@@ -58,15 +58,15 @@ class TestNumbers:
 
 class TestTemplate:
     def test_nothing_read_is_no_template(self) -> None:
-        assert Recorder().template("serve", "/m", name_of) is None
+        assert Recorder().template("serve", ["/m"], name_of) is None
 
     def test_each_workers_reads_in_its_order(self) -> None:
         recorder = Recorder()
         for pid, file, start in [(1, B, 0), (2, A, 0), (1, B, 1), (2, A, 300), (1, A, 64), (2, A, 301)]:
             recorder.record(pid, file, start * MiB, (start + 1) * MiB)
-        template = recorder.template("serve", "/m", name_of)
+        template = recorder.template("serve", ["/m"], name_of)
         assert template is not None
-        assert (template.service, template.root_hint) == ("serve", "/m")
+        assert (template.service, template.root_hints) == ("serve", ("/m",))
         assert template.groups == (
             (Range(B.name, 0, 2 * MiB), Range(A.name, 64 * MiB, 65 * MiB)),
             (Range(A.name, 0, MiB), Range(A.name, 300 * MiB, 302 * MiB)),
@@ -81,7 +81,7 @@ class TestTemplate:
         recorder = Recorder(rank_of={70: 1, 50: 0}.get)
         recorder.record(70, B, 0, MiB)
         recorder.record(50, A, 0, MiB)
-        template = recorder.template("serve", "/m", name_of)
+        template = recorder.template("serve", ["/m"], name_of)
         assert template is not None
         assert [group[0].name for group in template.groups] == [A.name, B.name]
 
@@ -94,16 +94,16 @@ class TestTemplate:
 
         recorder = Recorder([(Range(A.name, 0, MiB),)])
         recorder.record(1, B, 0, MiB)
-        recorder.template("serve", "/m", fingerprint)
+        recorder.template("serve", ["/m"], fingerprint)
         assert asked == [B.name]
 
     def test_it_can_be_asked_for_again(self) -> None:
         """Once reading has stopped for a while, and at the end."""
         recorder = Recorder()
         recorder.record(1, A, 0, MiB)
-        first = recorder.template("serve", "/m", name_of)
+        first = recorder.template("serve", ["/m"], name_of)
         recorder.record(1, A, 300 * MiB, 301 * MiB)
-        second = recorder.template("serve", "/m", name_of)
+        second = recorder.template("serve", ["/m"], name_of)
         assert first is not None
         assert second is not None
         assert first.groups == ((Range(A.name, 0, MiB),),)

@@ -41,7 +41,7 @@ EXAMPLE = Template(
         (Range("a.safetensors", 0, MiB), Range("sub/b.safetensors", MiB, 4 * MiB)),
         (Range("a.safetensors", 8 * MiB, 10 * MiB + 5), Range("a.safetensors", 2 * MiB, 3 * MiB)),
     ),
-    "/models/llama",
+    ("/models/llama", "/models/vae"),
     "2026-11-20T12:00:00+00:00",
 )
 
@@ -62,7 +62,8 @@ def templates(draw: st.DrawFn) -> Template:
 
     ranges = st.lists(st.sampled_from(files).flatmap(part), max_size=12)
     groups = draw(st.lists(ranges.map(tuple), max_size=4))
-    return Template(draw(st.text()), files, tuple(groups), draw(st.text()), draw(st.text()))
+    roots = tuple(draw(st.lists(st.text(), max_size=2)))
+    return Template(draw(st.text()), files, tuple(groups), roots, draw(st.text()))
 
 
 class TestFormat:
@@ -243,7 +244,7 @@ files = (FileIdentity("a", 1 << 40, "f"),)
 sys.stdin.readline()
 for version in range(25):
     ranges = tuple(Range("a", n << 20, (n << 20) + 4096) for n in range(version * 5 + 1))
-    store.save(Template("shared", files, (ranges,), writer, str(version)))
+    store.save(Template("shared", files, (ranges,), (writer,), str(version)))
 """
 
 
@@ -274,7 +275,7 @@ class TestWritersAtOnce:
             template = store.load("shared")
             if template is not None:
                 assert len(template.groups[0]) == int(template.recorded_at) * 5 + 1
-                seen.add((template.root_hint, template.recorded_at))
+                seen.add((template.root_hints, template.recorded_at))
         for writer in writers:
             assert writer.communicate() == (None, "")
             assert writer.returncode == 0
@@ -507,7 +508,7 @@ class Model:
     def template(self, groups: Sequence[Iterable[Read]]) -> Template:
         identities = tuple(FileIdentity(name, size, "0123456789abcdef" * 2) for name, size in self.sizes.items())
         recorded = tuple(record(group, self.sizes) for group in groups)
-        return Template("serve-llama-3b-0123456789ab", identities, recorded, "/models/llama-3b", "2026-11-20T12:00:00")
+        return Template("serve-llama-3b-0123456789ab", identities, recorded, ("/models/llama-3b",), "2026-11-20T12:00:00")
 
 
 @pytest.fixture(scope="module")

@@ -95,7 +95,8 @@ def show(service: str, as_json: bool, directory: str | None) -> None:
         click.echo(json.dumps(_as_json(found), indent=2))
         return
     click.echo(f"service   {found.service}")
-    click.echo(f"recorded  {found.recorded_at or 'unknown'}" + (f" at {found.root_hint}" if found.root_hint else ""))
+    where = f" at {', '.join(found.root_hints)}" if found.root_hints else ""
+    click.echo(f"recorded  {found.recorded_at or 'unknown'}{where}")
     click.echo(f"files     {len(found.files)}, {format_size(sum(file.size_bytes for file in found.files))}")
     width = max((len(part.name) for group in found.groups for part in group), default=0)
     for worker, group in enumerate(found.groups):
@@ -178,7 +179,7 @@ def _as_json(found: Template) -> dict[str, Any]:
     return {
         "service": found.service,
         "recorded_at": found.recorded_at,
-        "root_hint": found.root_hint,
+        "root_hints": list(found.root_hints),
         "bytes_read": found.bytes_read,
         "files": [
             {"name": file.name, "size_bytes": file.size_bytes, "fingerprint": file.fingerprint} for file in found.files

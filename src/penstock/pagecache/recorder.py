@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 
 from penstock.pagecache.base import ModelFile, Range
@@ -54,7 +54,9 @@ class Recorder:
             return min(free, key=lambda number: _distance(self._groups[number], file.name, start))
         return max(taken, default=-1) + 1
 
-    def template(self, service: str, root: str, fingerprint: Callable[[ModelFile], str]) -> Template | None:
+    def template(
+        self, service: str, roots: Iterable[str], fingerprint: Callable[[ModelFile], str]
+    ) -> Template | None:
         """What was read, as a template; None if nothing was.
 
         Raises:
@@ -69,7 +71,7 @@ class Recorder:
             FileIdentity(name, self._files[name].size_bytes, fingerprint(self._files[name])) for name in names
         )
         recorded_at = datetime.now(UTC).isoformat(timespec="seconds")
-        return Template(service, files, groups, root, recorded_at)
+        return Template(service, files, groups, tuple(roots), recorded_at)
 
 
 def _distance(group: Sequence[Range], name: str, start: int) -> int:

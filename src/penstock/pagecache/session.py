@@ -160,8 +160,10 @@ class Session:
 
     def _check(self, template: Template) -> None:
         """Raises TemplateStaleError unless every file is there and is what was recorded."""
-        if not self._files.roots and template.root_hint and Path(template.root_hint).is_dir():
-            self._files.add_root(Path(template.root_hint))
+        if not self._files.roots:
+            for root in map(Path, template.root_hints):
+                if root.is_dir():
+                    self._files.add_root(root)
         for identity in template.files:
             file = self._files.by_name(identity.name)
             if file is None:
@@ -222,8 +224,8 @@ class Session:
         if self.mode == "observe" or (self.mode == "replay" and not self._policy.mismatch):
             return
         try:
-            root = str(self._files.roots[0]) if self._files.roots else ""
-            template = self._recorder.template(self.service, root, self._fingerprints.get)
+            roots = [str(root) for root in self._files.roots]
+            template = self._recorder.template(self.service, roots, self._fingerprints.get)
             if template is not None:
                 self._store.save(template)
         except OSError as error:

@@ -56,7 +56,7 @@ class Template:
     service: str
     files: tuple[FileIdentity, ...]
     groups: tuple[tuple[Range, ...], ...]  # of each worker, in order
-    root_hint: str = ""  # where the model was when it was recorded; only a hint for a command that names none
+    root_hints: tuple[str, ...] = ()  # where the models were when it was recorded, for a command that names none
     recorded_at: str = ""  # ISO 8601, UTC
 
     @property
@@ -72,7 +72,7 @@ class Template:
             "version": VERSION,
             "service": self.service,
             "recorded_at": self.recorded_at,
-            "root_hint": self.root_hint,
+            "root_hints": list(self.root_hints),
             "page_bytes": PAGE_BYTES,
             "files": [[f.name, f.size_bytes, f.fingerprint] for f in self.files],
             "groups": [list(_pack(group, index)) for group in self.groups],
@@ -108,7 +108,8 @@ class Template:
         try:
             files = tuple(FileIdentity(str(n), int(s), str(f)) for n, s, f in body["files"])
             groups = tuple(tuple(_unpack(group, files, int(body["page_bytes"]))) for group in body["groups"])
-            return cls(body["service"], files, groups, body["root_hint"], body["recorded_at"])
+            roots = tuple(str(root) for root in body["root_hints"])
+            return cls(body["service"], files, groups, roots, body["recorded_at"])
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise TemplateFormatError(f"{path}: {type(error).__name__}: {error}") from error
 
