@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -179,24 +180,22 @@ def test_a_service_that_runs_on_has_its_template_stored(
 
 
 def test_two_models_that_the_command_does_not_name(tmp_path: Path, model: Path, reader: Path) -> None:
-    import shutil
-
-    second = tmp_path / "another" / "second"
+    second = model.with_name("model-2")
     shutil.copytree(model, second)
-    script = tmp_path / "both.sh"
-    script.write_text(f"for model in '{model}' '{second}'; do '{sys.executable}' '{reader}' \"$model\"; done\n")
-    reports = [tmp_path / "1.json", tmp_path / "2.json"]
-    for report in reports:
-        make_cold(model)
-        make_cold(second)
-        assert run("--service", "both", "--", "sh", script, report=report).returncode == 0
-    assert [read(report)["mode"] for report in reports] == ["record", "replay"]
-    assert read(reports[1])["bytes_prefetched"] == pytest.approx(4 * BYTES, rel=0.05)
+    options = ("--service", "both", "--templates", tmp_path / "t")
+    process = start(*options, "--", sys.executable, reader, f"{model}*", "wait")
+    store = TemplateStore(tmp_path / "t")
+    wait_until(lambda: store.path("both").exists(), "no template was stored while the program ran")
+    process.communicate("x", timeout=DEADLINE_S)
+    template = store.load("both")
+    assert template is not None
+    assert sorted(template.root_hints) == [str(model), str(second)]
+    run(*options, "--", sys.executable, reader, f"{model}*", report=tmp_path / "report.json")
+    report = read(tmp_path / "report.json")
+    assert (report["mode"], report["warnings"]) == ("replay", [])
 
 
 def test_a_shared_template_fits_another_path(tmp_path: Path, model: Path, reader: Path) -> None:
-    import shutil
-
     other = tmp_path / "elsewhere" / "model"
     shutil.copytree(model, other)
     options = ("--templates", tmp_path / "shared")

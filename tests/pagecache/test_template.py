@@ -508,7 +508,9 @@ class Model:
     def template(self, groups: Sequence[Iterable[Read]]) -> Template:
         identities = tuple(FileIdentity(name, size, "0123456789abcdef" * 2) for name, size in self.sizes.items())
         recorded = tuple(record(group, self.sizes) for group in groups)
-        return Template("serve-llama-3b-0123456789ab", identities, recorded, ("/models/llama-3b",), "2026-11-20T12:00:00")
+        return Template(
+            "serve-llama-3b-0123456789ab", identities, recorded, ("/models/llama-3b",), "2026-11-20T12:00:00"
+        )
 
 
 @pytest.fixture(scope="module")

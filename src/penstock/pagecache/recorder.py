@@ -54,9 +54,7 @@ class Recorder:
             return min(free, key=lambda number: _distance(self._groups[number], file.name, start))
         return max(taken, default=-1) + 1
 
-    def template(
-        self, service: str, roots: Iterable[str], fingerprint: Callable[[ModelFile], str]
-    ) -> Template | None:
+    def template(self, service: str, roots: Iterable[str], fingerprint: Callable[[ModelFile], str]) -> Template | None:
         """What was read, as a template; None if nothing was.
 
         Raises:

@@ -126,7 +126,7 @@ def summary_lines(report: Report) -> list[str]:
     """What penstock says after a run: one line of figures, and one more where there is something to say."""
     head = f"penstock: {_PAST[report.mode]} {report.service}: "
     if report.last_access_s is None:
-        head = f"penstock: {report.service}: "
+        head = head.replace("recorded ", "")
         first = f"no model file was read in {report.wall_s:.1f} s"
     else:
         first = f"{format_size(report.bytes_accessed)} read in {report.last_access_s:.1f} s"
