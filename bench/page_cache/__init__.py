@@ -12,6 +12,8 @@ no run waits for reclaim. A virtual machine that hands freed memory back to its 
 again, 3 to 9 microseconds a 4 KiB page, in every cold arm and by chance (docs/decisions/0008). With ``--no-ballast``
 memory is free, as after a boot: what a run before left in the page cache is dropped and given two seconds.
 
+The libraries that a client and penstock import are cached in every arm: each run is preceded by one that only imports.
+
 How much of the model is resident is verified before every run; a cold run with more than 1 % fails. Every arm
 starts from the same state.
 

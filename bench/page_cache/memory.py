@@ -85,6 +85,11 @@ class Ballast:
             self._path.unlink(missing_ok=True)
             self._path = None
 
+    @property
+    def holds(self) -> bool:
+        """Whether there is ballast at all."""
+        return self._path is not None
+
     def fill(self) -> None:
         """Hold memory until little is free.
 

@@ -153,6 +153,8 @@ class Runner:
                     "--templates", str(scratch / "templates"), "--report", str(report_path), "--", *command,
                 ]  # fmt: skip
             environment = self._environment(scratch)
+            if self._ballast.holds:
+                self._warm_libraries(setting.client, environment, scratch)
             self._ballast.fill()
             self._read_ahead.set(read_ahead_kib)
             limit = self._limit(key)
@@ -211,6 +213,19 @@ class Runner:
         if user == "user":
             for path in (directory, *directory.rglob("*")):
                 os.chown(path, self._uid, self._uid)
+
+    def _warm_libraries(self, client: str, environment: dict[str, str], scratch: Path) -> None:
+        """Import what the client and penstock import, so that it is cached in every arm alike.
+
+        Old page cache may have been reclaimed since the last run, by DAMON for one, libraries with it; then a run
+        would wait for more than its model.
+        """
+        modules = [f"bench.page_cache.clients.{client}"]
+        if client == "hf":
+            modules.append("transformers.models.llama.modeling_llama")
+        imports = [sys.executable, "-c", f"import {', '.join(modules)}"]
+        command = [str(self.penstock), "run", "--quiet", "--policy", "native", "--", *imports]
+        _spawn(command, environment, None, scratch, sample=False)
 
     def _client(self, client: str, *, verify: bool, reverse: bool) -> list[str]:
         command = [sys.executable, "-m", f"bench.page_cache.clients.{client}", str(self._model.path(client))]
