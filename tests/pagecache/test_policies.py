@@ -134,8 +134,16 @@ class TestMaioPlan:
         assert merged(wanted) == [(part.name, part.start, part.stop) for part in order]
         assert {request.worker for request in wanted} == {0}
 
-    def test_nothing_is_known_before_the_first_run(self) -> None:
-        assert list(started(Maio()).prefetch(None)) == []
+    def test_nothing_is_known_before_the_first_run_of_a_command_that_names_no_model(self) -> None:
+        assert list(started(Maio(), files=()).prefetch(None)) == []
+
+    def test_a_named_model_is_begun_before_the_first_run(self) -> None:
+        other = model_file("consolidated.00.pth", GiB)
+        assert merged(started(Maio(), files=(B, other, A)).prefetch(None)) == [(A.name, 0, GiB)]
+        little = started(Maio(), files=(A, B), budget_bytes=256 * MiB)
+        assert merged(little.prefetch(None)) == [(A.name, 0, 64 * MiB)]
+        small = [model_file(f"{number}.safetensors", 300 * MiB) for number in range(9)]
+        assert sum(stop - start for _, start, stop in merged(started(Maio(), files=small).prefetch(None))) == GiB
 
     def test_a_file_that_is_not_there_is_left_out(self) -> None:
         policy = started(Maio(), groups=IN_ORDER, files=(A, C))

@@ -73,6 +73,21 @@ class ReadAhead:
         self._windows[access.worker] = stream.window
         return self.wanted()
 
+    def beginning(self, most_bytes: int) -> list[Prefetch]:
+        """The first bytes of the known files, in the format that most of them are in."""
+        bytes_of: dict[str, int] = {}
+        for file in self._files:
+            suffix = os.path.splitext(file.name)[1]
+            bytes_of[suffix] = bytes_of.get(suffix, 0) + file.size_bytes
+        likely = max(bytes_of, key=lambda suffix: bytes_of[suffix], default="")
+        wanted = []
+        for file in self._files:
+            length = min(most_bytes, file.size_bytes)
+            if length > 0 and os.path.splitext(file.name)[1] == likely:
+                wanted.append(Prefetch(file, 0, length))
+                most_bytes -= length
+        return wanted
+
     def wanted(self) -> list[Prefetch]:
         """All that lies in the windows, of the reader that has last read first."""
         wanted = []

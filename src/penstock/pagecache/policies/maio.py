@@ -18,6 +18,7 @@ from penstock.pagecache.intervals import IntervalSet
 from penstock.pagecache.policies.ahead import ReadAhead
 from penstock.units import MiB
 
+_GUESS_BYTES = 1024 * MiB  # of a model that the command names, before anything is known of how it is read
 _PIECE_BYTES = 64 * MiB  # several workers' reads are interleaved in pieces of this size
 _BACKWARDS_BYTES = 32 * MiB  # backwards by less is a thread pool's disorder
 _FORWARDS_BYTES = 256 * MiB  # and forwards: a reader that leaves some out
@@ -93,7 +94,8 @@ class _Group:
 class Maio(Policy):
     """Replays a template ahead of the readers, interruptibly, and burns what all have read.
 
-    Without a template it prefetches in file order.
+    Without a template it prefetches in file order: a little of a model that the command names at once, as it will be
+    read in all likelihood, and the rest ahead of whoever reads.
     """
 
     def start(self, context: Context) -> None:
@@ -102,6 +104,7 @@ class Maio(Policy):
         self._groups = [_Group(group) for group in context.groups]
         self._plan = self._merge(context.groups)
         self._ahead = ReadAhead(context.files, max(64 * MiB, context.budget_bytes // 2))
+        self._guess_bytes = min(_GUESS_BYTES, context.budget_bytes // 4)
         self._jumps = 0
         self._unknown_bytes = 0
         self._unknown_share_bytes = sum(group.total_bytes for group in self._groups) // 4
@@ -113,7 +116,7 @@ class Maio(Policy):
 
     def prefetch(self, access: Access | None) -> Sequence[Prefetch]:
         if access is None:
-            return self._remaining()
+            return self._remaining() if self._groups else self._ahead.beginning(self._guess_bytes)
         self._note(access)
         if not self._groups or self.mismatch:
             return self._ahead.prefetch(access)
