@@ -197,7 +197,10 @@ class TestAnothersFile:
 
     def test_what_is_cached_is_found(self, path: Path, look: Callable[[str], str]) -> None:
         read_pages(path, PAGES // 2, PAGES)
-        assert look("print([residency.resident_bytes(0, size) for _ in range(3)])") == str([SIZE_BYTES // 2] * 3)
+        first, *others = map(int, look("print(*(residency.resident_bytes(0, size) for _ in range(3)))").split())
+        assert first == SIZE_BYTES // 2
+        # What was asked for before has been read in, and is hit again with a chance of 1 in 256 for each MiB.
+        assert all(SIZE_BYTES // 2 <= found <= SIZE_BYTES // 2 + 2 * MiB for found in others)
         assert look("print(residency.is_resident(size // 2, size), residency.is_resident(0, size))") == "True False"
 
     def test_asking_again_and_again_does_not_make_it_cached(
