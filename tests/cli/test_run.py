@@ -195,6 +195,14 @@ def test_two_models_that_the_command_does_not_name(tmp_path: Path, model: Path, 
     assert (report["mode"], report["warnings"]) == ("replay", [])
 
 
+def test_files_that_are_not_read_are_not_the_models_size(tmp_path: Path, model: Path, reader: Path) -> None:
+    (model / "pytorch_model.bin").write_bytes(bytes(BYTES))
+    make_cold(model)
+    options = ("--observer", "process", "--model", model)
+    assert run(*options, "--", sys.executable, reader, model, report=tmp_path / "report.json").returncode == 0
+    assert read(tmp_path / "report.json")["model_bytes"] == 2 * BYTES
+
+
 def test_a_shared_template_fits_another_path(tmp_path: Path, model: Path, reader: Path) -> None:
     other = tmp_path / "elsewhere" / "model"
     shutil.copytree(model, other)

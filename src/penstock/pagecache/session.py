@@ -140,7 +140,7 @@ class Session:
         if self._template is not None:
             files = {identity.name: identity.size_bytes for identity in self._template.files}
             return min(self._template.bytes_read, sum(files.values()))
-        read = {record.file for record in self._ledger.records()}
+        read = {record.file for record in self._ledger.records() if record.accessed.total}
         suffixes = {os.path.splitext(file.path)[1] for file in read}
         return sum(file.size_bytes for file in self._files if os.path.splitext(file.path)[1] in suffixes)
 
