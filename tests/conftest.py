@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
 from collections.abc import Iterator
 
@@ -16,3 +18,17 @@ def interruptible() -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def as_ordinary_user() -> list[str]:
+    """What to put before a command that is to run without privileges.
+
+    As root that is another user, who may read whatever root may (the interpreter can lie in root's home).
+    """
+    if os.geteuid() != 0:
+        return []
+    if shutil.which("setpriv") is None:
+        pytest.skip("needs setpriv (util-linux), to become an ordinary user")
+    identity = ["--reuid=65534", "--regid=65534", "--clear-groups"]
+    return ["setpriv", *identity, "--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]

@@ -52,13 +52,6 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> ModelFile:
 
 
 @pytest.fixture
-def ledger() -> Iterator[Ledger]:
-    ledger = Ledger()
-    yield ledger
-    ledger.close()
-
-
-@pytest.fixture
 def cached(file: ModelFile) -> None:
     """The whole file is in the cache, in single pages: a large folio goes only whole."""
     with open(file.path, "rb", buffering=0) as reader:

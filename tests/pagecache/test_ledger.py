@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,13 +33,6 @@ def make_file(path: Path) -> ModelFile:
 @pytest.fixture
 def file(tmp_path: Path) -> ModelFile:
     return make_file(tmp_path / "model.gguf")
-
-
-@pytest.fixture
-def ledger() -> Iterator[Ledger]:
-    ledger = Ledger()
-    yield ledger
-    ledger.close()
 
 
 @pytest.fixture
