@@ -142,6 +142,7 @@ class TestMaioPlan:
         assert merged(started(Maio(), files=(B, other, A)).prefetch(None)) == [(A.name, 0, GiB)]
         little = started(Maio(), files=(A, B), budget_bytes=256 * MiB)
         assert merged(little.prefetch(None)) == [(A.name, 0, 64 * MiB)]
+        assert merged(started(Maio(), files=[model_file("a.gguf", GiB - 1)]).prefetch(None)) == []
         small = [model_file(f"{number}.safetensors", 300 * MiB) for number in range(9)]
         assert sum(stop - start for _, start, stop in merged(started(Maio(), files=small).prefetch(None))) == GiB
 

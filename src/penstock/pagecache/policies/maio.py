@@ -104,7 +104,9 @@ class Maio(Policy):
         self._groups = [_Group(group) for group in context.groups]
         self._plan = self._merge(context.groups)
         self._ahead = ReadAhead(context.files, max(64 * MiB, context.budget_bytes // 2))
-        self._guess_bytes = min(_GUESS_BYTES, context.budget_bytes // 4)
+        # A small model is read before a guess is of use, and what it had read would hide what a short program reads.
+        is_small = sum(file.size_bytes for file in context.files) < _GUESS_BYTES
+        self._guess_bytes = 0 if is_small else min(_GUESS_BYTES, context.budget_bytes // 4)
         self._jumps = 0
         self._unknown_bytes = 0
         self._unknown_share_bytes = sum(group.total_bytes for group in self._groups) // 4
