@@ -22,6 +22,7 @@ from types import FrameType
 import click
 from rich.console import Console
 
+import penstock
 from bench.page_cache.arms import ARMS, CLIENTS, Key
 from bench.page_cache.direct import bandwidth, fio_bandwidth
 from bench.page_cache.errors import BenchError, RunError
@@ -177,7 +178,9 @@ def _run(
         console.print(f"skipped: {reason}", style="yellow", highlight=False)
     if not suite.arms:
         raise BenchError("nothing is left to run")
-    compileall.compile_dir(str(Path(__file__).parent), quiet=2)  # not by the first arm that imports
+    # Not by the first arm that imports; and penstock's as pip does it, which an editable installation lacks.
+    for directory_of_code in (Path(__file__).parent, Path(penstock.__file__).parent):
+        compileall.compile_dir(str(directory_of_code), quiet=2)
     model = generate(directory, preset=preset, size_bytes=size_bytes, gguf=any(s.client == "gguf" for s in suite.arms))
     machine = describe(directory)
     if machine.load > 0.7 and not is_quick:

@@ -1,4 +1,4 @@
-"""penstock.linux.process against real children that do as they are told."""
+"""penstock.linux.process and penstock.linux.pagemap against real children that do as they are told."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from penstock.linux import pagemap as pagemaps
 from penstock.linux import process
 
 PAGE = process.PAGE_SIZE_BYTES
@@ -222,7 +223,7 @@ class TestFacts:
 class TestDescendants:
     @pytest.fixture(params=["children", "scan"])
     def method(self, request: pytest.FixtureRequest) -> str:
-        if request.param == "children" and process.probe().children != "children":
+        if request.param == "children" and process.children_method() != "children":
             pytest.skip("this kernel has no /proc/PID/task/TID/children (CONFIG_PROC_CHILDREN)")
         return str(request.param)
 
@@ -252,21 +253,21 @@ def mapping(child: Child, file: Path, shared: bool) -> process.Mapping:
     return next(m for m in process.read_maps(child.pid, {identity(file)}) if m.shared is shared)
 
 
-def pages(ranges: process.Ranges, start: int) -> list[tuple[int, int]]:
+def pages(ranges: pagemaps.Ranges, start: int) -> list[tuple[int, int]]:
     return [(int(a) // PAGE, int(b) // PAGE) for a, b in ranges - start]
 
 
 class TestPagemap:
     @pytest.fixture(params=["pagemap_scan", "pagemap"])
     def method(self, request: pytest.FixtureRequest) -> str:
-        if request.param == "pagemap_scan" and process.probe().pagemap != "pagemap_scan":
+        if request.param == "pagemap_scan" and pagemaps.best_method() != "pagemap_scan":
             pytest.skip("this kernel has no PAGEMAP_SCAN (Linux 6.7)")
         return str(request.param)
 
     def test_written_pages_exactly(self, child: Child, file: Path, method: Any) -> None:
         where = mapping(child, file, shared=False)
         child.tell("write 0 1 2 700 4094 4095")
-        with process.Pagemap(child.pid, method) as pagemap:
+        with pagemaps.Pagemap(child.pid, method) as pagemap:
             found = pagemap.present_ranges(where.start, where.stop)
             assert found.dtype == np.int64
             assert pages(found, where.start) == [(0, 3), (700, 701), (4094, 4096)]
@@ -275,7 +276,7 @@ class TestPagemap:
 
     def test_nothing_touched(self, child: Child, file: Path, method: Any) -> None:
         where = mapping(child, file, shared=False)
-        with process.Pagemap(child.pid, method) as pagemap:
+        with pagemaps.Pagemap(child.pid, method) as pagemap:
             assert pagemap.present_ranges(where.start, where.stop).shape == (0, 2)
             assert pagemap.present_ranges(where.start, where.start).shape == (0, 2)
 
@@ -285,7 +286,7 @@ class TestPagemap:
         child.tell("write " + " ".join(map(str, alternate)))
         child.tell("write 2047 2049")  # joins neighbours across the boundary of two calls
         expected = set(alternate) | {2047, 2049}
-        with process.Pagemap(child.pid, method) as pagemap:
+        with pagemaps.Pagemap(child.pid, method) as pagemap:
             found = pages(pagemap.present_ranges(where.start, where.stop), where.start)
         assert {page for start, stop in found for page in range(start, stop)} == expected
         assert (2046, 2051) in found
@@ -294,15 +295,15 @@ class TestPagemap:
     def test_touched_pages_are_among_those_of_a_reader(self, child: Child, file: Path, method: Any) -> None:
         where = mapping(child, file, shared=True)
         child.tell("touch 100 3000")
-        with process.Pagemap(child.pid, method) as pagemap:
+        with pagemaps.Pagemap(child.pid, method) as pagemap:
             found = pages(pagemap.present_ranges(where.start, where.stop), where.start)
         assert all(any(start <= page < stop for start, stop in found) for page in (100, 3000))
 
     def test_the_methods_agree(self, child: Child) -> None:
-        if process.probe().pagemap != "pagemap_scan":
+        if pagemaps.best_method() != "pagemap_scan":
             pytest.skip("this kernel has no PAGEMAP_SCAN (Linux 6.7)")
         child.tell("touch 1 1000 4000")
-        with process.Pagemap(child.pid) as scan, process.Pagemap(child.pid, "pagemap") as words:
+        with pagemaps.Pagemap(child.pid) as scan, pagemaps.Pagemap(child.pid, "pagemap") as words:
             assert (scan.method, words.method) == ("pagemap_scan", "pagemap")
             for where in process.read_maps(child.pid):
                 expected = words.present_ranges(where.start, where.stop)
@@ -311,17 +312,17 @@ class TestPagemap:
     def test_an_address_space_that_is_gone(self, child: Child, file: Path, method: Any) -> None:
         where = mapping(child, file, shared=False)
         child.tell("write 5")
-        with process.Pagemap(child.pid, method) as pagemap:
+        with pagemaps.Pagemap(child.pid, method) as pagemap:
             assert child.tell("exec") == "ready"
             with pytest.raises(ProcessLookupError):
                 pagemap.present_ranges(where.start, where.stop)
 
     def test_addresses_must_be_pages(self) -> None:
-        with process.Pagemap(os.getpid()) as pagemap, pytest.raises(ValueError, match="whole pages"):
+        with pagemaps.Pagemap(os.getpid()) as pagemap, pytest.raises(ValueError, match="whole pages"):
             pagemap.present_ranges(1, PAGE)
 
     def test_close_twice(self) -> None:
-        pagemap = process.Pagemap(os.getpid())
+        pagemap = pagemaps.Pagemap(os.getpid())
         pagemap.close()
         pagemap.close()
 
@@ -335,7 +336,7 @@ EVERYTHING = [
     process.descendants,
     process.io_counters,
     process.read_stat,
-    process.Pagemap,
+    pagemaps.Pagemap,
     process.open_pidfd,
     lambda pid: process.file_position(pid, 0),
 ]
@@ -360,7 +361,7 @@ class TestWithoutTheProcess:
 
     def test_no_pages_of_a_zombie(self, child: Child, file: Path) -> None:
         where = mapping(child, file, shared=False)
-        with process.Pagemap(child.pid) as pagemap:
+        with pagemaps.Pagemap(child.pid) as pagemap:
             child.popen.kill()
             os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
             with pytest.raises(ProcessLookupError):
@@ -376,7 +377,7 @@ class TestWithoutTheProcess:
             os.setgid(65534)
             os.setuid(65534)
             try:
-                getattr(process, name)(1)
+                (pagemaps.Pagemap if name == "Pagemap" else getattr(process, name))(1)
             except PermissionError:
                 os.write(writer, b"refused")
             finally:

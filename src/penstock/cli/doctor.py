@@ -180,14 +180,13 @@ def _trace_instance(tracefs: object, events: tuple[str, ...], instead: str) -> C
 
 
 def _processes() -> Iterator[Check]:
-    from penstock.linux import process
+    from penstock.linux import pagemap, process
 
-    found = process.probe()
-    if found.pagemap == "pagemap_scan":
+    if pagemap.best_method() == "pagemap_scan":
         yield Check("pagemap", "ok", "PAGEMAP_SCAN: the kernel skips what was never touched")
     else:
         yield Check("pagemap", "degraded", "no PAGEMAP_SCAN", "every page's word of /proc/PID/pagemap is read")
-    if found.children == "children":
+    if process.children_method() == "children":
         yield Check("child processes", "ok", "/proc/PID/task/TID/children")
     else:
         yield Check("child processes", "degraded", "no list of children", "all of /proc is looked through")

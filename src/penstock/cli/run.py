@@ -14,8 +14,7 @@ import click
 from penstock.cli.paths import fingerprint_directory, template_directory
 from penstock.errors import PenstockError, UnsupportedError
 from penstock.linux.program import Program, exit_like
-from penstock.pagecache.files import models_in_command
-from penstock.pagecache.policies import create_policy
+from penstock.pagecache.policies import BUILT_IN, create_policy
 from penstock.units import parse_size
 
 if TYPE_CHECKING:
@@ -101,7 +100,7 @@ def run(
     and output are the command's own; penstock speaks on stderr only.
     """
     try:
-        policy = create_policy(policy_name)
+        own_policy = None if policy_name in BUILT_IN else create_policy(policy_name)
     except PenstockError as error:
         _fail(str(error))
     environment = dict(os.environ)
@@ -121,6 +120,7 @@ def run(
 
     session: Session | None = None
     try:
+        from penstock.pagecache.files import models_in_command
         from penstock.pagecache.runtime import CacheMode
         from penstock.pagecache.session import Session, SessionOptions
 
@@ -135,10 +135,12 @@ def run(
             fingerprints=fingerprint_directory(),
             sampling=report is not None or plot is not None,
         )
+        policy = own_policy or create_policy(policy_name)
         session = Session(options, policy, program.pid, instance, environment, started_s)
         if reason and observer == "auto":
             session.warnings.append(f"observing through /proc, because tracefs is not usable: {reason}")
         session.begin()
+        import penstock.report.report  # noqa: F401 — now, not when the program has ended and someone waits for us
     except Exception as error:  # noqa: BLE001 — whatever it is, the program goes on without us
         session = None
         click.echo(f"penstock: not prefetching: {type(error).__name__}: {error}", err=True)

@@ -27,13 +27,16 @@ import os
 import random
 import stat
 import weakref
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from penstock.linux.libc import function, syscall
+
+if TYPE_CHECKING:  # importing numpy takes 0.1 s, which the loader need not wait for
+    import numpy as np
+    from numpy.typing import NDArray
 
 PAGE_BYTES = mmap.PAGESIZE
 
@@ -46,8 +49,6 @@ _MADV_PAGEOUT = 21
 _MADV_POPULATE_READ = 22
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _IOV_MAX = 1024
-_BYTE_VECTORS = np.ones((_IOV_MAX, 2), np.uint64)  # iovecs of the first byte of 1024 consecutive pages
-_BYTE_VECTORS[:, 0] = np.arange(_IOV_MAX, dtype=np.uint64) * PAGE_BYTES
 
 _mincore = function("mincore", [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p])
 _mmap = function(
@@ -98,6 +99,8 @@ def mincore(fd: int, start: int, stop: int) -> NDArray[np.bool_]:
 
     Only truthful for a caller who owns or may write the file: see `may_inspect`.
     """
+    import numpy as np
+
     if stop <= start:
         return np.zeros(0, np.bool_)
     start -= start % PAGE_BYTES
@@ -127,7 +130,7 @@ def may_inspect(fd: int) -> bool:
     return True
 
 
-def is_resident_nowait(fd: int, offsets: Iterable[int]) -> NDArray[np.bool_]:
+def is_resident_nowait(fd: int, offsets: Iterable[int]) -> list[bool]:
     """Whether the page at each offset is cached, asked by a read that may not block.
 
     Works on any readable file. A page that is being read in counts as not resident. Asking for a page that is
@@ -143,7 +146,7 @@ def is_resident_nowait(fd: int, offsets: Iterable[int]) -> NDArray[np.bool_]:
             answers.append(os.preadv(fd, buffer, offset, os.RWF_NOWAIT) == 1)
         except BlockingIOError:
             answers.append(False)
-    return np.array(answers, np.bool_)
+    return answers
 
 
 class ResidencyMethod(enum.Enum):
@@ -298,8 +301,9 @@ class FileWindow:
         stop = self._length if stop is None else stop
         for first in range(start, stop, _IOV_MAX * PAGE_BYTES):
             pages = min(_IOV_MAX, -(-(stop - first) // PAGE_BYTES))
-            vectors = _BYTE_VECTORS[:pages] + np.array([self._address + first, 0], np.uint64)
-            if _pwritev(sink, vectors.ctypes.data, pages, 0) != pages:
+            address = self._address + first
+            vectors = _io_vectors(range(address, address + pages * PAGE_BYTES, PAGE_BYTES), [1] * pages)
+            if _pwritev(sink, vectors.buffer_info()[0], pages, 0) != pages:
                 raise OSError(errno.EFAULT, "the file ends before the window")
 
     def close(self) -> None:
@@ -330,9 +334,17 @@ def page_out(pidfd: int, ranges: Sequence[tuple[int, int]]) -> None:
     """
     for first in range(0, len(ranges), _IOV_MAX):
         batch = ranges[first : first + _IOV_MAX]
-        vectors = np.array([(start, stop - start) for start, stop in batch], np.uint64)
-        pointer = ctypes.cast(vectors.ctypes.data, ctypes.POINTER(ctypes.c_uint64))
+        vectors = _io_vectors([start for start, _ in batch], [stop - start for start, stop in batch])
+        pointer = ctypes.cast(vectors.buffer_info()[0], ctypes.POINTER(ctypes.c_uint64))
         syscall(_NR_PROCESS_MADVISE, "process_madvise", pidfd, pointer, len(batch), _MADV_PAGEOUT, 0)
+
+
+def _io_vectors(addresses: Sequence[int], lengths: Sequence[int]) -> array[int]:
+    """An array of struct iovec."""
+    vectors = array("Q", bytes(16 * len(addresses)))
+    vectors[0::2] = array("Q", addresses)
+    vectors[1::2] = array("Q", lengths)
+    return vectors
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What the kernel tells about another process: its mappings, files, counters, children and touched pages.
+"""What the kernel tells about another process: its mappings, files, counters and children.
 
 All of it is polled from /proc, without stopping the process. A process that is gone, or a zombie where only
 a living one has an answer, raises ProcessLookupError; one that belongs to somebody else PermissionError.
@@ -7,32 +7,20 @@ Facts, seen on 6.18:
 
 - A zombie keeps its directory in /proc. Its maps, environ and cmdline read as empty, and to an unprivileged
   reader they look like another user's, so both cases are checked against its state.
-- An open descriptor of /proc/PID/pagemap belongs to the address space, not to the process: after exec or
-  exit it reads as end of file, and PAGEMAP_SCAN on it succeeds with no pages.
-- A read fault on a file maps the cached neighbours too (fault-around, 64 KiB), so a present page was
-  touched or lies next to one that was.
 - The counts of /proc/PID/io are the process's own until it waits for a child: then the child's are added.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
-import fcntl
 import os
 import re
 import stat
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
-from types import TracebackType
-from typing import Literal, Self, TypeAlias
-
-import numpy as np
-from numpy.typing import NDArray
-
-Ranges: TypeAlias = NDArray[np.int64]
+from typing import Literal
 
 PAGE_SIZE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _READ_BYTES = 1 << 16
@@ -94,21 +82,10 @@ class Stat:
     start_time_ticks: int
 
 
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """What this kernel offers: how pages and children are found."""
-
-    pagemap: Literal["pagemap_scan", "pagemap"]
-    children: Literal["children", "scan"]
-
-
 @cache
-def probe() -> Probe:
-    """Try both on this very process."""
-    with Pagemap(os.getpid()) as pagemap:
-        method = pagemap.method
-    children = os.path.exists("/proc/thread-self/children")
-    return Probe(method, "children" if children else "scan")
+def children_method() -> Literal["children", "scan"]:
+    """How this kernel lets the children of a process be found: see `descendants`."""
+    return "children" if os.path.exists("/proc/thread-self/children") else "scan"
 
 
 def read_stat(pid: int) -> Stat:
@@ -117,7 +94,7 @@ def read_stat(pid: int) -> Stat:
     # The name in field 2 may hold spaces and parentheses; the last one closes it.
     fields = data[data.rfind(b")") + 2 :].split()
     if len(fields) < 20:
-        raise _gone(pid)
+        raise ended(pid)
     return Stat(fields[0].decode(), int(fields[1]), int(fields[2]), int(fields[19]))
 
 
@@ -148,7 +125,7 @@ def io_counters(pid: int) -> IoCounters:
     """Counts of the process with all its threads, ended ones included, and of the children it waited for."""
     values = dict(line.split(b": ") for line in _read(pid, "io").splitlines())
     if b"read_bytes" not in values:
-        raise _gone(pid)
+        raise ended(pid)
     return IoCounters(int(values[b"rchar"]), int(values[b"syscr"]), int(values[b"read_bytes"]))
 
 
@@ -231,7 +208,7 @@ def file_position(pid: int, descriptor: int) -> int:
         raise
     match = re.match(rb"pos:\t(\d+)", data)
     if match is None:
-        raise _gone(pid)
+        raise ended(pid)
     return int(match[1])
 
 
@@ -246,169 +223,32 @@ def descendants(pid: int, method: Literal["children", "scan"] | None = None) -> 
             takes the first where the kernel has it (CONFIG_PROC_CHILDREN).
     """
     read_stat(pid)
-    children = _children if (method or probe().children) == "children" else _all_children().get
+    children = _children if (method or children_method()) == "children" else _all_children().get
     found = [pid]
     for process in found:  # grows while it is walked
         found += children(process) or ()
     return found
 
 
-class Pagemap:
-    """Which pages of a process's mappings are present, that is, mapped into it.
-
-    Args:
-        pid: the process, of the same user or with CAP_SYS_PTRACE.
-        method: ``pagemap_scan`` (Linux 6.7) lets the kernel skip what was never touched; ``pagemap`` reads
-            one word for each page. None takes the first where the kernel has it.
-    """
-
-    def __init__(self, pid: int, method: Literal["pagemap_scan", "pagemap"] | None = None) -> None:
-        self.pid = pid
-        self._fd = _open(pid, "pagemap")
-        self._regions = np.zeros((_REGIONS, 3), dtype=np.uint64)  # struct page_region: start, end, categories
-        try:
-            self.method: Literal["pagemap_scan", "pagemap"] = method or self._best_method()
-        except BaseException:
-            self.close()
-            raise
-
-    def present_ranges(self, start: int, stop: int) -> Ranges:
-        """Address ranges ``[start, stop)`` of present pages among these pages; shape [n, 2], ascending.
-
-        Args:
-            start: first address, a multiple of the page size.
-            stop: end address, a multiple of the page size.
-
-        Raises:
-            ProcessLookupError: the process has ended, or has replaced this address space by exec.
-            ValueError: an address is not aligned.
-        """
-        if start % PAGE_SIZE_BYTES or stop % PAGE_SIZE_BYTES or start > stop:
-            raise ValueError(
-                f"[{start:#x}, {stop:#x}) of process {self.pid} is not a range of whole pages; "
-                f"round both to multiples of {PAGE_SIZE_BYTES}"
-            )
-        if start == stop:
-            return np.empty((0, 2), dtype=np.int64)
-        return self._scan(start, stop) if self.method == "pagemap_scan" else self._read(start, stop)
-
-    def close(self) -> None:
-        """Close the descriptor; a second time does nothing."""
-        if self._fd >= 0:
-            fd, self._fd = self._fd, -1
-            os.close(fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _best_method(self) -> Literal["pagemap_scan", "pagemap"]:
-        try:
-            self._scan(0, PAGE_SIZE_BYTES, check_end=False)
-        except OSError as error:
-            if error.errno not in (errno.ENOTTY, errno.EINVAL, errno.ENOSYS, errno.EPERM):
-                raise
-            return "pagemap"
-        return "pagemap_scan"
-
-    def _scan(self, start: int, stop: int, check_end: bool = True) -> Ranges:
-        argument = _ScanArgument(
-            size=ctypes.sizeof(_ScanArgument),
-            end=stop,
-            vec=self._regions.ctypes.data,
-            vec_len=_REGIONS,
-            category_mask=_PAGE_IS_PRESENT,
-            return_mask=_PAGE_IS_PRESENT,
-        )
-        parts = []
-        at = start
-        while at < stop:
-            argument.start = at
-            count = fcntl.ioctl(self._fd, _PAGEMAP_SCAN, argument)
-            parts.append(self._regions[:count, :2].astype(np.int64))
-            # The kernel fills an inner buffer of 512 regions repeatedly, and walk_end stays at the last time
-            # that one was full: with 1,022 regions it lay 1,020 pages before the last one (6.18).
-            at = max(argument.walk_end, int(self._regions[count - 1, 1])) if count else stop
-        ranges = _joined(np.concatenate(parts))
-        # An address space that is gone has no pages and reports no error; only a read tells.
-        if check_end and not len(ranges) and not os.pread(self._fd, 8, start // PAGE_SIZE_BYTES * 8):
-            raise _gone(self.pid)
-        return ranges
-
-    def _read(self, start: int, stop: int) -> Ranges:
-        parts = []
-        page, last = start // PAGE_SIZE_BYTES, stop // PAGE_SIZE_BYTES
-        while page < last:
-            data = os.pread(self._fd, min(last - page, _WORDS) * 8, page * 8)
-            if not data:
-                raise _gone(self.pid)
-            words = np.frombuffer(data, dtype=np.uint64)  # [pages]; bit 63: present
-            present = np.zeros(len(words) + 2, dtype=np.int8)
-            present[1:-1] = words >> np.uint64(63)
-            edges = np.flatnonzero(np.diff(present)).astype(np.int64)
-            parts.append((edges.reshape(-1, 2) + page) * PAGE_SIZE_BYTES)
-            page += len(words)
-        return _joined(np.concatenate(parts))
-
-
-class _ScanArgument(ctypes.Structure):
-    """struct pm_scan_arg of linux/fs.h."""
-
-    _fields_ = [
-        ("size", ctypes.c_uint64),
-        ("flags", ctypes.c_uint64),
-        ("start", ctypes.c_uint64),
-        ("end", ctypes.c_uint64),
-        ("walk_end", ctypes.c_uint64),
-        ("vec", ctypes.c_uint64),
-        ("vec_len", ctypes.c_uint64),
-        ("max_pages", ctypes.c_uint64),
-        ("category_inverted", ctypes.c_uint64),
-        ("category_mask", ctypes.c_uint64),
-        ("category_anyof_mask", ctypes.c_uint64),
-        ("return_mask", ctypes.c_uint64),
-    ]
-
-
-_PAGEMAP_SCAN = 3 << 30 | ctypes.sizeof(_ScanArgument) << 16 | ord("f") << 8 | 16  # _IOWR('f', 16, pm_scan_arg)
-_PAGE_IS_PRESENT = 1 << 3
-_REGIONS = 1024  # regions a call; chosen without measurement
-_WORDS = 1 << 16  # pages a read: 512 KiB of words; chosen without measurement
-
-
-def _joined(ranges: Ranges) -> Ranges:
-    """Neighbours that a boundary between two calls has cut become one range."""
-    if len(ranges) < 2:
-        return ranges
-    cut = ranges[1:, 0] != ranges[:-1, 1]
-    if cut.all():
-        return ranges
-    starts = ranges[np.concatenate(([True], cut)), 0]
-    stops = ranges[np.concatenate((cut, [True])), 1]
-    return np.stack((starts, stops), axis=1)
-
-
-def _gone(pid: int) -> ProcessLookupError:
+def ended(pid: int) -> ProcessLookupError:
+    """The error that says that a process is no longer there."""
     return ProcessLookupError(errno.ESRCH, f"process {pid} has ended", f"/proc/{pid}")
 
 
-def _open(pid: int, name: str) -> int:
+def open_file(pid: int, name: str) -> int:
+    """A descriptor of /proc/PID/name. The caller closes it."""
     path = f"/proc/{pid}/{name}"
     try:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
-        raise _gone(pid) from None
+        raise ended(pid) from None
     except PermissionError as error:
         raise _refusal(pid, path, error) from None
 
 
 def _refusal(pid: int, path: str, error: PermissionError) -> OSError:
     if state_of(pid) in _GONE_STATES:
-        return _gone(pid)
+        return ended(pid)
     return PermissionError(error.errno, "another user's process, or one that is not dumpable; run as root", path)
 
 
@@ -421,7 +261,7 @@ def state_of(pid: int) -> str:
 
 
 def _read(pid: int, name: str) -> bytes:
-    fd = _open(pid, name)
+    fd = open_file(pid, name)
     try:
         parts = []
         while part := os.read(fd, _READ_BYTES):
@@ -436,7 +276,7 @@ def _read(pid: int, name: str) -> bytes:
 def _read_of_living(pid: int, name: str) -> bytes:
     data = _read(pid, name)
     if not data and state_of(pid) in _GONE_STATES:
-        raise _gone(pid)
+        raise ended(pid)
     return data
 
 
@@ -445,11 +285,11 @@ def _descriptors(pid: int) -> list[tuple[int, str, os.stat_result]]:
     try:
         names = sorted(map(int, os.listdir(directory)))
     except FileNotFoundError:
-        raise _gone(pid) from None
+        raise ended(pid) from None
     except PermissionError as error:
         raise _refusal(pid, directory, error) from None
     if not names and state_of(pid) in _GONE_STATES:
-        raise _gone(pid)
+        raise ended(pid)
     found = []
     for name in names:
         link = f"{directory}/{name}"

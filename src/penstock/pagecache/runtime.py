@@ -11,15 +11,19 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 from penstock.pagecache.base import Access, Evict, ModelFile, Policy, Prefetch
 from penstock.pagecache.evictor import Evictor
 from penstock.pagecache.headroom import Budget, DeviceMonitor, Headroom, OwnReads
 from penstock.pagecache.ledger import Ledger
 from penstock.pagecache.loader import THREADS, Loader
-from penstock.pagecache.observers.base import Observed, Observer
 from penstock.pagecache.recorder import Recorder
 from penstock.pagecache.sample import Sample
+
+if TYPE_CHECKING:  # they import numpy: 0.1 s, in which the loader reads already
+    from penstock.pagecache.evictor import MappedPart
+    from penstock.pagecache.observers.base import Observed, Observer
 
 _POLL_S = 0.012
 _IDLE_POLL_S = 0.1  # once nothing was read for _IDLE_S
@@ -64,7 +68,7 @@ class Runtime:
 
     Args:
         policy: started already.
-        observer: started already.
+        make_observer: returns one that is started; called once, when the first prefetch is under way.
         model_bytes: what the program will read, as far as known: it decides whether memory is ample.
         sampling: keep a timeline.
         clock_start_s: time.monotonic() of the program's start.
@@ -76,7 +80,7 @@ class Runtime:
     def __init__(
         self,
         policy: Policy,
-        observer: Observer,
+        make_observer: Callable[[], Observer],
         *,
         ledger: Ledger,
         recorder: Recorder,
@@ -91,7 +95,8 @@ class Runtime:
     ) -> None:
         self._policy: Policy | None = policy
         self._ignores_memory = policy.ignores_memory
-        self._observer = observer
+        self._make_observer = make_observer
+        self._observer: Observer | None = None
         self._ledger = ledger
         self._recorder = recorder
         self._headroom = headroom
@@ -102,7 +107,7 @@ class Runtime:
         self._pids = pids
         self._began_s = time.monotonic() if clock_start_s is None else clock_start_s
         self._loader = Loader(ledger, node_of_worker)
-        self._evictor = Evictor(ledger, observer.mapped_parts)
+        self._evictor = Evictor(ledger, self._mapped_parts)
         self._devices = DeviceMonitor()
         self._own_reads = OwnReads()
         self._budget = headroom.read()
@@ -135,7 +140,7 @@ class Runtime:
         self._loader.close(0.5)
         loaded = self._loader.statistics()
         totals = self._ledger.totals()
-        warnings = [*self._warnings, *loaded.warnings, *self._observer.warnings]
+        warnings = [*self._warnings, *loaded.warnings, *(self._observer.warnings if self._observer else ())]
         if self._evictor.warning:
             warnings.append(self._evictor.warning)
         return Outcome(
@@ -156,18 +161,19 @@ class Runtime:
     def _run(self) -> None:
         try:
             self._submit(self._ask("prefetch", partial(_prefetch, None)))
-            self._loop()
+            self._observer = self._make_observer()
+            self._loop(self._observer)
         except Exception as error:  # noqa: BLE001 — the program must not notice
             self._warnings.append(f"penstock stopped prefetching: {type(error).__name__}: {error}")
             self._loader.submit(())
 
-    def _loop(self) -> None:
+    def _loop(self, observer: Observer) -> None:
         next_govern = next_sample = 0.0
         told_quiet = False
         while True:
             ending = self._stopping.is_set()
             now = time.monotonic()
-            observed = self._observer.last_poll() if ending else self._observer.poll()
+            observed = observer.last_poll() if ending else observer.poll()
             if observed:
                 self._handle(observed, now - self._began_s)
                 self._loader.nudge()
@@ -192,6 +198,9 @@ class Runtime:
                 for start, stop in list(record.accessed):
                     self._evictor.evict(record.file, start, stop)
         self._evictor.flush()
+
+    def _mapped_parts(self, file: ModelFile) -> Sequence[MappedPart]:
+        return self._observer.mapped_parts(file) if self._observer else ()
 
     def _handle(self, observed: Sequence[Observed], time_s: float) -> None:
         for part in observed:

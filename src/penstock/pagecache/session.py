@@ -7,25 +7,25 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from penstock.errors import ObserverError, TemplateError, TemplateStaleError
 from penstock.linux import numa, process
-from penstock.linux.tracefs import Instance
 from penstock.pagecache.base import Context, ModelFile, Policy
 from penstock.pagecache.files import ModelFiles
 from penstock.pagecache.fingerprints import FingerprintCache
 from penstock.pagecache.headroom import Headroom
 from penstock.pagecache.ledger import Ledger
-from penstock.pagecache.observers.base import Observer
-from penstock.pagecache.observers.process import ProcessObserver
-from penstock.pagecache.observers.tracefs import TracefsObserver
 from penstock.pagecache.placement import accelerator_of, worker_node, worker_rank
 from penstock.pagecache.policies.native import Native
 from penstock.pagecache.recorder import Recorder
 from penstock.pagecache.runtime import CacheMode, Outcome, Runtime
 from penstock.pagecache.service import service_id
 from penstock.pagecache.template import Template, TemplateStore
+
+if TYPE_CHECKING:
+    from penstock.linux.tracefs import Instance
+    from penstock.pagecache.observers.base import Observer
 
 Mode = Literal["record", "replay", "observe"]
 
@@ -82,13 +82,14 @@ class Session:
         self.mode: Mode = "observe" if isinstance(policy, Native) else "replay" if self._template else "record"
         groups = self._template.groups if self._template else ()
         self._recorder = Recorder(groups, _rank_of)
-        self._observer = self._make_observer(instance)
+        self._instance = instance
+        self._observer: Observer | None = None
         self._headroom = Headroom(pid, options.memory_bytes)
         budget = self._headroom.read()
         policy.start(Context(tuple(self._files), groups, budget.bytes, budget.keep_bytes))
         self._runtime = Runtime(
             policy,
-            self._observer,
+            self._make_observer,
             ledger=self._ledger,
             recorder=self._recorder,
             headroom=self._headroom,
@@ -108,8 +109,8 @@ class Session:
 
     @property
     def observer(self) -> str:
-        """Name of the observer in use."""
-        return self._observer.name
+        """Name of the observer in use; "" before there is one."""
+        return self._observer.name if self._observer else ""
 
     def begin(self) -> None:
         """Start prefetching and observing."""
@@ -123,8 +124,9 @@ class Session:
         if self._policy.mismatch:
             self.warnings.append(f"the template did not fit this run ({self._policy.mismatch}); recorded anew")
         self._store_template()
-        with contextlib.suppress(OSError):
-            self._observer.stop()
+        if self._observer is not None:
+            with contextlib.suppress(OSError):
+                self._observer.stop()
         self._headroom.close()
         self._ledger.close()
         return outcome
@@ -175,27 +177,34 @@ class Session:
             if self._fingerprints.get(file) != identity.fingerprint:
                 raise TemplateStaleError(f"the template is stale: {file.path} has other contents")
 
-    def _make_observer(self, instance: Instance | None) -> Observer:
-        if instance is not None:
+    def _make_observer(self) -> Observer:
+        if self._instance is not None:
+            from penstock.pagecache.observers.tracefs import TracefsObserver
+
             observer = TracefsObserver(
-                self._files, instance, only_known=self._options.models_are_all, keep_instance=True
+                self._files, self._instance, only_known=self._options.models_are_all, keep_instance=True
             )
+            self._observer = observer
             try:
                 observer.start(self._pid)
             except ObserverError as error:
                 self.warnings.append(f"observing through /proc instead: {error}")
             else:
                 return observer
+        from penstock.pagecache.observers.process import ProcessObserver
+
         fallback = ProcessObserver(
             self._files,
             self._ledger,
             self._template.groups if self._template else (),
             only_known=self._options.models_are_all,
         )
+        self._observer = fallback
         try:
             fallback.start(self._pid)
         except ObserverError as error:
-            self.warnings.append(str(error))
+            if not isinstance(error.__cause__, ProcessLookupError):  # else it has ended already: nothing to observe
+                self.warnings.append(str(error))
         return fallback
 
     def _node_finder(self) -> Callable[[int], int | None]:

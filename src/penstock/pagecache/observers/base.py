@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from penstock.linux import process
 from penstock.linux.pagecache import PAGE_BYTES
+from penstock.linux.pagemap import Pagemap
 from penstock.linux.process import Mapping, OpenFile
 from penstock.pagecache.base import ModelFile
 from penstock.pagecache.evictor import MappedPart
@@ -76,7 +77,7 @@ class Observer(ABC):
 class _Process:
     pid: int
     pidfd: int
-    pagemap: process.Pagemap | None
+    pagemap: Pagemap | None
     mappings: dict[tuple[int, int, int], _Mapped] = field(default_factory=dict)
     files: dict[int, tuple[OpenFile, ModelFile]] = field(default_factory=dict)
     positions: dict[tuple[int, ModelFile], int] = field(default_factory=dict)
@@ -158,7 +159,7 @@ class ProcessTree:
                 mappings[key] = mapped
         known.mappings = mappings
         if mappings and known.pagemap is None:
-            known.pagemap = process.Pagemap(pid)
+            known.pagemap = Pagemap(pid)
         known.files = {}
         for opened in process.open_files(pid):
             file = self._model_file(opened.device, opened.inode, opened.path, opened.size_bytes)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from typing import TYPE_CHECKING
 
 from penstock.errors import PolicyError
-from penstock.pagecache.base import Policy
+
+if TYPE_CHECKING:
+    from penstock.pagecache.base import Policy
 
 BUILT_IN = {
     "native": "penstock.pagecache.policies.native:Native",
@@ -23,6 +26,8 @@ def create_policy(name: str) -> Policy:
     Raises:
         PolicyError: there is no such policy, it is not a Policy, or making it failed.
     """
+    from penstock.pagecache.base import Policy
+
     target = BUILT_IN.get(name, name)
     module_name, colon, class_name = target.partition(":")
     if not colon:
