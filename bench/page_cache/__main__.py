@@ -251,7 +251,8 @@ def _run(
                 "fio_bytes_per_s": fio,
                 "runs": [asdict(run) for run in runs],
                 "verdicts": [
-                    {"bar": str(v.bar), "most": v.bar.most, "value": v.value, "passed": v.passed} for v in verdicts
+                    {"bar": str(v.bar), "most": v.bar.most, "value": v.value, "floor": v.floor, "passed": v.passed}
+                    for v in verdicts
                 ],
                 "failures": [{"key": asdict(key), "message": message} for key, message in failures],
                 "skipped": skipped,

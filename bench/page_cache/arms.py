@@ -61,15 +61,18 @@ class Setting:
         memory: "ample" or a percentage of the model, such as "45%".
         read_ahead: KiB, or "machine".
         user: "root" (the benchmark's own rights) or "user" (an ordinary user's).
+        passes: how many times the client reads everything.
     """
 
     client: str
     memory: str = "ample"
     read_ahead: str = "machine"
     user: str = "root"
+    passes: int = 1
 
     def __str__(self) -> str:
-        return f"{self.client}, memory {self.memory}, read-ahead {self.read_ahead}, {self.user}"
+        passes = f", {self.passes} passes" if self.passes > 1 else ""
+        return f"{self.client}, memory {self.memory}, read-ahead {self.read_ahead}, {self.user}{passes}"
 
 
 @dataclass(frozen=True, slots=True, order=True)

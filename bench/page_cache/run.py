@@ -144,7 +144,8 @@ class Runner:
             if template is not None:
                 shutil.copytree(template, scratch, dirs_exist_ok=True)
                 self._own(scratch, setting.user)
-            command = self._client(setting.client, verify=verify, reverse=reverse)
+            passes = 1 if verify else setting.passes
+            command = self._client(setting.client, verify=verify, reverse=reverse, passes=passes)
             report_path = scratch / "report.json"
             if arm.policy is not None:
                 command = [
@@ -184,7 +185,7 @@ class Runner:
                     shutil.copytree(scratch / name, keep / name)
         client = _last_line(ended.output)
         if not reverse:
-            self._check(setting.client, client, verify=verify)
+            self._check(setting.client, client, verify=verify, passes=passes)
         return Run(
             key=key,
             round=round_number,
@@ -227,10 +228,11 @@ class Runner:
         command = [str(self.penstock), "run", "--quiet", "--policy", "native", "--", *imports]
         _spawn(command, environment, None, scratch, sample=False)
 
-    def _client(self, client: str, *, verify: bool, reverse: bool) -> list[str]:
+    def _client(self, client: str, *, verify: bool, reverse: bool, passes: int) -> list[str]:
         command = [sys.executable, "-m", f"bench.page_cache.clients.{client}", str(self._model.path(client))]
         ring_bytes = max(8 * MiB, min(256 * MiB, self._model.bytes(client) // 16))
         command += ["--ring-bytes", str(ring_bytes)]
+        command += ["--passes", str(passes)]
         command += ["--verify"] * verify
         command += ["--order", "reverse"] * reverse
         return command
@@ -286,7 +288,7 @@ class Runner:
             self._account = Account(self._uid, needed)
         return self._account
 
-    def _check(self, client: str, found: dict[str, Any], *, verify: bool) -> None:
+    def _check(self, client: str, found: dict[str, Any], *, verify: bool, passes: int) -> None:
         """Compare what the client read with what the independent reader read."""
         if client not in self._expected:
             self._expected[client] = expected(self._model, client)
@@ -299,10 +301,11 @@ class Runner:
             )
             if wrong:
                 raise RunError(f"wrong bytes in {len(wrong)} of {len(wanted.crcs)} pieces: {wrong[:3]} …")
-        if (found["bytes"], found["samples"]) != (wanted.bytes, wanted.samples):
+        size_bytes, samples = wanted.bytes * passes, wanted.samples * passes % (1 << 64)
+        if (found["bytes"], found["samples"]) != (size_bytes, samples):
             raise RunError(
                 f"the client read {found['bytes']} bytes with samples {found['samples']:#x}; "
-                f"the files have {wanted.bytes} with {wanted.samples:#x}"
+                f"the files have {size_bytes} with {samples:#x}"
             )
 
     def _report(self, path: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ def main() -> None:
     with tally.phase("ring"):
         ring = Ring(options.ring_bytes)
     with tally.phase("load"):
-        for path in weight_files(options.path, reverse=options.reverse):
+        for path in weight_files(options.path, reverse=options.reverse) * options.passes:
             file = map_file(path)
             tensors = safetensors_index(file)
             for tensor in reversed(tensors) if options.reverse else tensors:

@@ -15,7 +15,7 @@ def main() -> None:
     tally = Tally(options.verify)
     buffer = np.zeros(READ_BYTES, np.uint8)
     with tally.phase("load"):
-        for path in weight_files(options.path, reverse=options.reverse):
+        for path in weight_files(options.path, reverse=options.reverse) * options.passes:
             with path.open("rb", buffering=0) as file:
                 size_bytes = path.stat().st_size
                 starts = range(0, size_bytes, READ_BYTES)

@@ -34,6 +34,7 @@ class Options:
     reverse: bool
     verify: bool
     ring_bytes: int
+    passes: int
 
 
 def parse_options(description: str) -> Options:
@@ -43,8 +44,10 @@ def parse_options(description: str) -> Options:
     parser.add_argument("--order", choices=("file", "reverse"), default="file")
     parser.add_argument("--verify", action="store_true", help="also a CRC of every tensor or file")
     parser.add_argument("--ring-bytes", type=int, default=256 << 20)
+    parser.add_argument("--passes", type=int, default=1, help="read everything so many times (read and mmap)")
     arguments = parser.parse_args()
-    return Options(arguments.path, arguments.order == "reverse", arguments.verify, arguments.ring_bytes)
+    reverse = arguments.order == "reverse"
+    return Options(arguments.path, reverse, arguments.verify, arguments.ring_bytes, arguments.passes)
 
 
 class Tally:
@@ -64,7 +67,8 @@ class Tally:
     def add(self, piece: str, data: NDArray[np.uint8]) -> None:
         """Count the next bytes of a piece; all but its last ones must be a multiple of 4 KiB."""
         words = data[: data.nbytes // 8 * 8].view(np.uint64)
-        self.samples += words[:: PAGE_BYTES // 8].sum(dtype=np.uint64)
+        with np.errstate(over="ignore"):
+            self.samples += words[:: PAGE_BYTES // 8].sum(dtype=np.uint64)
         self.bytes += data.nbytes
         if self._verify:
             self.pieces[piece] = zlib.crc32(data, self.pieces.get(piece, 0))

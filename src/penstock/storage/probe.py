@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import errno
 import itertools
-import mmap
 import os
 import threading
 import time
 
+from penstock.storage.buffers import huge_buffer
 from penstock.units import MiB
 
 # 32 MiB in flight; chosen without measurement.
@@ -55,14 +55,12 @@ def measure_read_bandwidth(
 
 
 def _measure(fd: int, chunks: int, seconds: float, threads: int) -> float:
-    # Populated, so that no read pays for its buffer's page faults.
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
-    buffers = [mmap.mmap(-1, _CHUNK_BYTES, flags) for _ in range(threads)]
+    buffers = [huge_buffer(_CHUNK_BYTES) for _ in range(threads)]
     numbers = itertools.count()  # next() on it is atomic under the interpreter lock
     finished: list[tuple[int, float]] = []  # bytes and time of each read
     errors: list[OSError] = []
 
-    def read(buffer: mmap.mmap) -> None:
+    def read(buffer: memoryview) -> None:
         try:
             while not errors:
                 got = os.preadv(fd, [buffer], next(numbers) % chunks * _CHUNK_BYTES)
@@ -84,8 +82,6 @@ def _measure(fd: int, chunks: int, seconds: float, threads: int) -> float:
         worker.start()
     for worker in workers:
         worker.join()
-    for buffer in buffers:
-        buffer.close()
     if errors:
         raise errors[0]
     return sum(got for got, _ in finished) / (max(at_s for _, at_s in finished) - began_s)
