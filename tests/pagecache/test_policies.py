@@ -35,9 +35,20 @@ OTHER = model_file("original.pth")
 FILES = (A, B, C)
 
 
+POLLS = itertools.count()
+
+
 def access(
-    file: ModelFile, start: int, stop: int | None = None, *, worker: int = 0, miss: bool = True, time_s: float = 0.0
+    file: ModelFile,
+    start: int,
+    stop: int | None = None,
+    *,
+    worker: int = 0,
+    miss: bool = True,
+    time_s: float | None = None,
 ) -> Access:
+    """Without a time, of a poll of its own, 0.1 s after the last."""
+    time_s = next(POLLS) / 10 if time_s is None else time_s
     return Access(file, start, start + MiB if stop is None else stop, worker, time_s, miss)
 
 
@@ -262,6 +273,24 @@ class TestMaioMismatch:
         assert policy.mismatch == ""
 
 
+class TestMaioLateReports:
+    """Pages that are mapped 2 MiB at a time are reported by the next look at the page tables, after younger reads."""
+
+    def test_what_is_reported_late_is_no_jump(self) -> None:
+        policy = started(Maio(), groups=IN_ORDER)
+        for first in range(0, 2 * GiB, 128 * MiB):
+            time_s = first / GiB
+            policy.prefetch(access(A, first + 96 * MiB, first + 128 * MiB, time_s=time_s))
+            policy.prefetch(access(A, first, first + 48 * MiB, time_s=time_s))
+        assert policy.mismatch == ""
+
+    def test_misses_in_quick_succession_are_planned_for_once(self) -> None:
+        policy = started(Maio(), groups=IN_ORDER)
+        assert policy.prefetch(access(A, 0, time_s=1.0))
+        assert not policy.prefetch(access(A, MiB, time_s=1.01))
+        assert policy.prefetch(access(A, 2 * MiB, time_s=1.06))
+
+
 class TestMaioEviction:
     def test_nothing_within_the_keep_distance(self) -> None:
         policy = started(Maio(), keep_bytes=128 * MiB)
@@ -275,7 +304,7 @@ class TestMaioEviction:
         burnt: list[Evict] = []
         for step in reading(A, 0, GiB):
             policy.prefetch(step)
-            burnt += policy.evict(step)
+            burnt += policy.evict(None)
         burnt += policy.evict(None)
         assert covered(burnt, A) == [(0, GiB - 128 * MiB)]
         assert sum(part.stop - part.start for part in burnt) == GiB - 128 * MiB
@@ -298,18 +327,18 @@ class TestMaioEviction:
         burnt: list[Evict] = []
         for step in reading(A, 0, 512 * MiB, worker=0):
             policy.prefetch(step)
-            burnt += policy.evict(step)
+            burnt += policy.evict(None)
         assert burnt == []
         for step in reading(A, 0, 256 * MiB, worker=1):
             policy.prefetch(step)
-            burnt += policy.evict(step)
+            burnt += policy.evict(None)
         (gone,) = covered(burnt, A)
         assert gone[0] == 0
         # Never what the second worker has not come to; and in the end what both have passed by the keep distance.
         assert 256 * MiB - 64 * MiB <= gone[1] <= 256 * MiB
         for step in reading(A, 256 * MiB, GiB, worker=1):
             policy.prefetch(step)
-            burnt += policy.evict(step)
+            burnt += policy.evict(None)
         (gone,) = covered(burnt, A)
         assert gone[0] == 0
         assert gone[1] >= 512 * MiB - 64 * MiB

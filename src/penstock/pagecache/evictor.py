@@ -40,6 +40,7 @@ class Evictor:
         self._ledger = ledger
         self._mapped_parts = mapped_parts
         self._pending: dict[ModelFile, IntervalSet] = {}
+        self._new_bytes: dict[ModelFile, int] = {}  # of them, since the last batch
         self._may_page_out = True
         self.warning = ""
 
@@ -50,8 +51,10 @@ class Evictor:
             OSError: the file is gone.
         """
         pending = self._pending.setdefault(file, IntervalSet())
-        pending.add(start // PAGE_BYTES * PAGE_BYTES, stop)  # addresses are paged out in whole pages
-        if pending.total < _BATCH_BYTES and not at_once:
+        added = pending.add(start // PAGE_BYTES * PAGE_BYTES, stop)  # addresses are paged out in whole pages
+        new_bytes = self._new_bytes.get(file, 0) + added
+        self._new_bytes[file] = new_bytes % _BATCH_BYTES
+        if new_bytes < _BATCH_BYTES and not at_once:  # not pending.total: pieces too small to drop may be many
             return
         for low, high in list(pending):
             first, last = (low, high) if at_once else _inner(low, high)

@@ -21,9 +21,11 @@ from penstock.units import MiB
 _GUESS_BYTES = 1024 * MiB  # of a model that the command names, before anything is known of how it is read
 _PIECE_BYTES = 64 * MiB  # several workers' reads are interleaved in pieces of this size
 _BACKWARDS_BYTES = 32 * MiB  # backwards by less is a thread pool's disorder
+_LATE_POLLS = 3  # so many polls later a page may still be reported: its mapping has to be found first
 _FORWARDS_BYTES = 256 * MiB  # and forwards: a reader that leaves some out
 _SETTLED_BYTES = 24 * MiB  # so much read elsewhere: the worker has gone there
 _LEFT_OUT_BYTES = 8 * MiB  # smaller holes are what was mapped between two polls
+_REPLAN_S = 0.05  # between two looks at the whole plan, which is thousands of ranges for several workers
 _JUMPS = 3  # this many such moves: the template is another program's
 _UNKNOWN_BYTES = 64 * MiB  # or this much, and a quarter of the template, that it does not name
 
@@ -44,6 +46,7 @@ class _Group:
             parts.sort()
         self.total_bytes = position
         self.position = 0  # how far the worker has come
+        self._before: deque[int] = deque(maxlen=_LATE_POLLS)  # positions when the last polls began
         self._elsewhere = 0  # where it has last been seen otherwise
         self._elsewhere_bytes = 0  # and how much it has read there
 
@@ -55,13 +58,17 @@ class _Group:
             return None
         return parts[index][2] + offset - parts[index][0]
 
+    def begin_poll(self) -> None:
+        """What is reported from now on was read since the worker was where it is now."""
+        self._before.append(self.position)
+
     def move(self, start: int, stop: int, miss: bool) -> bool:
         """Follow the worker to positions ``[start, stop)``; True if it went on elsewhere than expected.
 
         A glance elsewhere (a header, the first page of a tensor) does not move it, nor does reading again what
         is cached; reading on elsewhere does.
         """
-        if self.position - _BACKWARDS_BYTES <= start <= self.position + _FORWARDS_BYTES:
+        if min(self.position, *self._before) - _BACKWARDS_BYTES <= start <= self.position + _FORWARDS_BYTES:
             self.position = max(self.position, stop)
             return False
         if not miss:
@@ -108,6 +115,8 @@ class Maio(Policy):
         is_small = sum(file.size_bytes for file in context.files) < _GUESS_BYTES
         self._guess_bytes = 0 if is_small else min(_GUESS_BYTES, context.budget_bytes // 4)
         self._jumps = 0
+        self._next_replan_s = 0.0
+        self._polled_s = -1.0
         self._unknown_bytes = 0
         self._unknown_share_bytes = sum(group.total_bytes for group in self._groups) // 4
         self.mismatch = ""
@@ -120,6 +129,10 @@ class Maio(Policy):
         if access is None:
             return self._remaining() if self._groups else self._ahead.beginning(self._guess_bytes)
         self._note(access)
+        if access.time_s != self._polled_s:
+            self._polled_s = access.time_s
+            for group in self._groups:
+                group.begin_poll()
         if not self._groups or self.mismatch:
             return self._ahead.prefetch(access)
         return self._follow(access)
@@ -139,7 +152,10 @@ class Maio(Policy):
             self._jumps += 1
             if self._jumps >= _JUMPS:
                 return self._leave_template(access, "it reads in another order than its template says")
-        return self._remaining() if access.miss else ()
+        if not access.miss or access.time_s < self._next_replan_s:
+            return ()
+        self._next_replan_s = access.time_s + _REPLAN_S
+        return self._remaining()
 
     def _leave_template(self, access: Access, why: str) -> Sequence[Prefetch]:
         self.mismatch = why
@@ -191,7 +207,8 @@ class Maio(Policy):
             self._behind.setdefault((access.worker, file), IntervalSet()).add(start, stop)
 
     def evict(self, access: Access | None) -> Sequence[Evict]:
-        del access
+        if access is not None:  # asked again with None every few milliseconds: once for all that was read by then
+            return ()
         burnt = []
         for (worker, file), behind in self._behind.items():
             for start, stop in list(behind):
