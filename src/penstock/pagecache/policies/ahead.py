@@ -12,6 +12,7 @@ from penstock.units import MiB
 # Chosen so that the first mistake costs 0.1 s of a 2 GB/s disk, and six doublings cover any checkpoint's shard.
 _FIRST_WINDOW_BYTES = 256 * MiB
 _LARGEST_WINDOW_BYTES = 4096 * MiB
+_ONE_FORMAT_SHARE = 0.9
 _DISORDER_BYTES = 64 * MiB  # a reader that leaves this much out, or comes back by it, is still reading on
 
 
@@ -73,12 +74,22 @@ class ReadAhead:
         self._windows[access.worker] = stream.window
         return self.wanted()
 
-    def beginning(self, most_bytes: int) -> list[Prefetch]:
-        """The first bytes of the known files, in the format that most of them are in."""
+    def _bytes_by_format(self) -> dict[str, int]:
         bytes_of: dict[str, int] = {}
         for file in self._files:
             suffix = os.path.splitext(file.name)[1]
             bytes_of[suffix] = bytes_of.get(suffix, 0) + file.size_bytes
+        return bytes_of
+
+    @property
+    def has_one_format(self) -> bool:
+        """Whether nearly all of the known bytes are in files of one kind, so that it is clear which will be read."""
+        sizes = self._bytes_by_format().values()
+        return max(sizes, default=0) >= _ONE_FORMAT_SHARE * sum(sizes)
+
+    def beginning(self, most_bytes: int) -> list[Prefetch]:
+        """The first bytes of the known files, in the format that most of them are in."""
+        bytes_of = self._bytes_by_format()
         likely = max(bytes_of, key=lambda suffix: bytes_of[suffix], default="")
         wanted = []
         for file in self._files:

@@ -18,7 +18,8 @@ from penstock.pagecache.intervals import IntervalSet
 from penstock.pagecache.policies.ahead import ReadAhead
 from penstock.units import MiB
 
-_GUESS_BYTES = 1024 * MiB  # of a model that the command names, before anything is known of how it is read
+_GUESS_SHARE = 0.25  # of the budget, for a model that the command names, before anything is known of how it is read
+_SMALLEST_GUESS_BYTES = 1024 * MiB  # and all that is guessed of a model that lies there in two formats
 _PIECE_BYTES = 64 * MiB  # several workers' reads are interleaved in pieces of this size
 _BACKWARDS_BYTES = 32 * MiB  # backwards by less is a thread pool's disorder
 _LATE_POLLS = 3  # so many polls later a page may still be reported: its mapping has to be found first
@@ -112,8 +113,10 @@ class Maio(Policy):
         self._plan = self._merge(context.groups)
         self._ahead = ReadAhead(context.files, max(64 * MiB, context.budget_bytes // 2))
         # A small model is read before a guess is of use, and what it had read would hide what a short program reads.
-        is_small = sum(file.size_bytes for file in context.files) < _GUESS_BYTES
-        self._guess_bytes = 0 if is_small else min(_GUESS_BYTES, context.budget_bytes // 4)
+        is_small = sum(file.size_bytes for file in context.files) < _SMALLEST_GUESS_BYTES
+        self._guess_bytes = 0 if is_small else int(context.budget_bytes * _GUESS_SHARE)
+        if not self._ahead.has_one_format:
+            self._guess_bytes = min(self._guess_bytes, _SMALLEST_GUESS_BYTES)
         self._jumps = 0
         self._next_replan_s = 0.0
         self._polled_s = -1.0
