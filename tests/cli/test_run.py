@@ -282,6 +282,17 @@ def test_killing_the_program_ends_penstock_as_the_shell_would(model: Path, reade
     assert process.returncode == 128 + signal.SIGKILL
 
 
+def test_the_first_prefetch_waits_for_no_numpy() -> None:
+    code = (
+        "import sys, penstock.cli.run, penstock.pagecache.session, penstock.pagecache.runtime\n"
+        "from penstock.pagecache.policies import create_policy\n"
+        "create_policy('maio')\n"
+        "print({'numpy', 'rich'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
 def test_sigterm_reaches_the_program(model: Path, reader: Path) -> None:
     process = start("--", sys.executable, reader, model, "wait")
     assert process.stdout is not None

@@ -151,11 +151,16 @@ class TestMaioPlan:
     def test_a_named_model_is_begun_before_the_first_run(self) -> None:
         other = model_file("consolidated.00.pth", GiB)
         assert merged(started(Maio(), files=(B, other, A)).prefetch(None)) == [(A.name, 0, GiB)]
+        ample = started(Maio(), files=(A, B), budget_bytes=12 * GiB)
+        assert merged(ample.prefetch(None)) == [(A.name, 0, 2 * GiB), (B.name, 0, GiB)]
+        unclear = started(Maio(), files=(B, other, A), budget_bytes=12 * GiB)
+        assert merged(unclear.prefetch(None)) == [(A.name, 0, GiB)]
         little = started(Maio(), files=(A, B), budget_bytes=256 * MiB)
         assert merged(little.prefetch(None)) == [(A.name, 0, 64 * MiB)]
         assert merged(started(Maio(), files=[model_file("a.gguf", GiB - 1)]).prefetch(None)) == []
         small = [model_file(f"{number}.safetensors", 300 * MiB) for number in range(9)]
-        assert sum(stop - start for _, start, stop in merged(started(Maio(), files=small).prefetch(None))) == GiB
+        little = started(Maio(), files=small, budget_bytes=4 * GiB)
+        assert sum(stop - start for _, start, stop in merged(little.prefetch(None))) == GiB
 
     def test_a_file_that_is_not_there_is_left_out(self) -> None:
         policy = started(Maio(), groups=IN_ORDER, files=(A, C))
