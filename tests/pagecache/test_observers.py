@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,48 @@ class TestTracefsObserver(ObserverTests):
         if len(found) < len(ACCESS_EVENTS):
             pytest.skip("needs the page-cache access tracepoints (Linux 6.9)")
         return TracefsObserver(files)
+
+
+_WORKER_THAT_ENDS = """
+import os, sys
+sys.stdin.readline()
+worker = os.fork()
+if worker == 0:
+    sys.stdin.readline()
+    open(sys.argv[1], "rb").read()
+    os._exit(0)
+print(worker, flush=True)
+os.waitpid(worker, 0)
+print("ended", flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.mark.root
+def test_what_a_worker_read_before_its_end_is_its_own(tmp_path: Path) -> None:
+    path = write_files(tmp_path)[0]
+    files = ModelFiles([path])
+    observer = TestTracefsObserver().make_observer(files, Ledger())
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", _WORKER_THAT_ENDS, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert launcher.stdin is not None
+    assert launcher.stdout is not None
+    observer.start(launcher.pid)
+    try:
+        launcher.stdin.write(b"fork\n")
+        launcher.stdin.flush()
+        worker = int(launcher.stdout.readline())
+        time.sleep(0.05)
+        observer.poll()
+        launcher.stdin.write(b"read\n")
+        launcher.stdin.flush()
+        assert launcher.stdout.readline() == b"ended\n"
+        seen = observer.poll()
+    finally:
+        observer.stop()
+        launcher.communicate(b"end\n")
+    assert {part.pid for part in seen} == {worker}
 
 
 class OnlyTheFirst(ObserverTests):

@@ -74,7 +74,8 @@ class TracefsObserver(Observer):
         if self._instance is None or self._tree is None:
             return ()
         events = decode_pages(self._instance.read_pages(), self._instance.formats)
-        self._tree.refresh()
+        if self._tree.refresh():
+            self._process_of_thread.update({pid: pid for pid in self._tree.pids()})  # for when they are gone
         found = self._observed(events) if len(events) else []
         for part in found:
             self._tree.note(part)
