@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -32,3 +34,36 @@ def as_ordinary_user() -> list[str]:
         pytest.skip("needs setpriv (util-linux), to become an ordinary user")
     identity = ["--reuid=65534", "--regid=65534", "--clear-groups"]
     return ["setpriv", *identity, "--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
+
+
+@pytest.fixture
+def make_memory_cgroup() -> Iterator[Callable[[int], Path]]:
+    """Makes a cgroup with a memory limit in bytes; what is still in it at the end must have ended."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to make a cgroup")
+    v1, v2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
+    control = v2 / "cgroup.subtree_control"
+    if (v1 / "memory.limit_in_bytes").exists():
+        parent, limit = v1, "memory.limit_in_bytes"
+    elif control.exists() and "memory" in control.read_text():
+        parent, limit = v2, "memory.max"
+    else:
+        pytest.skip("needs a cgroup file system with the memory controller")
+    made: list[Path] = []
+
+    def make(limit_bytes: int) -> Path:
+        path = parent / f"penstock-test-{os.getpid()}-{len(made)}"
+        path.mkdir()
+        made.append(path)
+        (path / limit).write_text(str(limit_bytes))
+        return path
+
+    yield make
+    for path in made:
+        deadline = time.monotonic() + 10
+        while path.exists():
+            try:
+                path.rmdir()
+            except OSError:  # what has just ended is leaving it, penstock's janitor for one
+                assert time.monotonic() < deadline, f"processes stay in {path}"
+                time.sleep(0.05)

@@ -282,6 +282,29 @@ def test_killing_the_program_ends_penstock_as_the_shell_would(model: Path, reade
     assert process.returncode == 128 + signal.SIGKILL
 
 
+@pytest.mark.root
+def test_what_is_cached_at_anothers_charge_is_not_burnt(
+    model: Path, reader: Path, make_memory_cgroup: Callable[[int], Path], tmp_path: Path
+) -> None:
+    options = ["--service", "charged", "--report", tmp_path / "report.json"]
+    command = [PENSTOCK, "run", *options, "--", sys.executable, reader, model]
+    assert subprocess.run([*command, "wait"], input="", capture_output=True, text=True, check=True).stdout
+    plain(reader, model)  # by this process's cgroup
+    assert resident_share(model) == 1
+    tasks = make_memory_cgroup(84 * MiB) / "cgroup.procs"  # two interpreters take half of it
+    limited = subprocess.Popen(
+        [*command, "late"], stdin=subprocess.PIPE, preexec_fn=lambda: tasks.write_text(str(os.getpid()))
+    )
+    time.sleep(0.5)
+    limited.communicate(b"\n", timeout=DEADLINE_S)
+    assert limited.returncode == 0
+    report = read(tmp_path / "report.json")
+    assert report["mode"] == "replay"
+    assert int(str(report["budget_bytes"])) < 2 * BYTES
+    assert resident_share(model) == 1
+    assert report["bytes_evicted"] == 0
+
+
 def test_the_first_prefetch_waits_for_no_numpy() -> None:
     code = (
         "import sys, penstock.cli.run, penstock.pagecache.session, penstock.pagecache.runtime\n"

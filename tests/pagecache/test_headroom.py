@@ -6,7 +6,7 @@ import mmap
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -64,36 +64,17 @@ class TestHeadroom:
         assert os.listdir("/proc/self/fd") == before
 
 
-def memory_controller() -> Path | None:
-    """Where a cgroup with a memory limit can be made."""
-    v1, v2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
-    if (v1 / "memory.limit_in_bytes").exists():
-        return v1
-    control = v2 / "cgroup.subtree_control"
-    return v2 if control.exists() and "memory" in control.read_text() else None
-
-
 # Reads a file when told to.
 READER = "import sys; input(); open(sys.argv[1], 'rb').read(); print('read', flush=True); input()"
 
 
 @pytest.mark.root
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to make a cgroup")
 class TestLimited:
     LIMIT_BYTES = 100 * MiB
 
     @pytest.fixture
-    def cgroup(self) -> Iterator[Path]:
-        parent = memory_controller()
-        if parent is None:
-            pytest.skip("needs a cgroup file system with the memory controller")
-        path = parent / f"penstock-test-headroom-{os.getpid()}"
-        path.mkdir()
-        limit = "memory.limit_in_bytes" if (path / "memory.limit_in_bytes").exists() else "memory.max"
-        (path / limit).write_text(str(self.LIMIT_BYTES))
-        yield path
-        if path.exists():
-            path.rmdir()
+    def cgroup(self, make_memory_cgroup: Callable[[int], Path]) -> Path:
+        return make_memory_cgroup(self.LIMIT_BYTES)
 
     @pytest.fixture
     def child(self, cgroup: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:

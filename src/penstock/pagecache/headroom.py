@@ -29,6 +29,7 @@ class Budget:
 
     bytes: int
     source: str  # which limit it comes from
+    charged_bytes: int | None = None  # page cache charged to the cgroup whose limit it is; None where all of it counts
 
     @property
     def keep_bytes(self) -> int:
@@ -56,10 +57,10 @@ class Headroom:
         except (OSError, ProcessLookupError):
             return self._last
         budget = max(0, state.headroom_bytes - int((1 - THRESHOLD) * state.limit_bytes))
-        source = state.source
+        source, charged = state.source, None if state.source == "host" else state.file_bytes
         if self._limit_bytes is not None and self._limit_bytes < budget:
-            budget, source = self._limit_bytes, "--memory"
-        self._last = Budget(budget, source)
+            budget, source, charged = self._limit_bytes, "--memory", None
+        self._last = Budget(budget, source, charged)
         return self._last
 
     def close(self) -> None:

@@ -31,6 +31,7 @@ _IDLE_S = 20.0
 _QUIET_S = 5.0
 _GOVERN_S = 0.02
 _SAMPLE_S = 0.08
+_CHARGED_ELSEWHERE_S = 1.0
 _THREADS_BESIDE_OWN_READS = 1  # two made transformers import in 2.4 s, eight in 2.3 to 6.4, one in 2.1 (medians)
 _UNEVICTABLE_SHARE = 0.25  # of the budget, ahead of a reader whose pages cannot be evicted
 
@@ -70,6 +71,7 @@ class Runtime:
         policy: started already.
         make_observer: returns one that is started; called once, when the first prefetch is under way.
         model_bytes: what the program will read, as far as known: it decides whether memory is ample.
+        cached_bytes: of it, in the page cache now, whoever is charged for them.
         sampling: keep a timeline.
         clock_start_s: time.monotonic() of the program's start.
         on_quiet: called each time that reading has stopped for a while: a service reads once and then serves for
@@ -87,6 +89,7 @@ class Runtime:
         headroom: Headroom,
         cache: CacheMode = CacheMode.AUTO,
         model_bytes: Callable[[], int] = lambda: 0,
+        cached_bytes: Callable[[], int] = lambda: 0,
         node_of_worker: Callable[[int], int | None] = lambda _: None,
         sampling: bool = False,
         clock_start_s: float | None = None,
@@ -102,6 +105,9 @@ class Runtime:
         self._headroom = headroom
         self._cache = cache
         self._model_bytes = model_bytes
+        self._cached_bytes = cached_bytes
+        self._charged_elsewhere_bytes = 0
+        self._next_charged_elsewhere_s = 0.0
         self._sampling = sampling
         self._on_quiet = on_quiet
         self._pids = pids
@@ -229,7 +235,7 @@ class Runtime:
     def _govern(self) -> None:
         """Fit the loader to the memory and the device as they are."""
         self._budget = budget = self._headroom.read()
-        self._limited = self._model_bytes() > budget.bytes
+        self._limited = self._is_larger_than(budget)
         allowance = budget.bytes - (budget.keep_bytes if self._burning else 0)
         if self._limited and (self._evictor.warning or not self._burning):
             allowance = int(budget.bytes * _UNEVICTABLE_SHARE)
@@ -244,6 +250,20 @@ class Runtime:
         self._loader.set_limits(allowance, threads)
         if self._burning:
             self._evict(self._ask("evict", partial(_evict, None)))
+
+    def _is_larger_than(self, budget: Budget) -> bool:
+        """Whether the model, without what is cached at another cgroup's charge, needs more than the budget.
+
+        Such pages take nothing of ours, and to burn them would slow the next reader for nothing.
+        """
+        model_bytes = self._model_bytes()
+        if model_bytes <= budget.bytes:
+            return False
+        now = time.monotonic()
+        if budget.charged_bytes is not None and now >= self._next_charged_elsewhere_s:
+            self._next_charged_elsewhere_s = now + _CHARGED_ELSEWHERE_S
+            self._charged_elsewhere_bytes = max(0, self._cached_bytes() - budget.charged_bytes)
+        return model_bytes - self._charged_elsewhere_bytes > budget.bytes
 
     def _sample(self, now: float) -> None:
         resident = self._ledger.resident_bytes()  # 15 ms for 1.6 million small pages, under 1 ms in large folios

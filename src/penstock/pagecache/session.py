@@ -95,6 +95,7 @@ class Session:
             headroom=self._headroom,
             cache=options.cache,
             model_bytes=self.model_bytes,
+            cached_bytes=self._cached_bytes,
             node_of_worker=self._node_finder(),
             sampling=options.sampling,
             clock_start_s=started_s,
@@ -142,9 +143,25 @@ class Session:
         if self._template is not None:
             files = {identity.name: identity.size_bytes for identity in self._template.files}
             return min(self._template.bytes_read, sum(files.values()))
+        return sum(file.size_bytes for file in self._files_to_be_read())
+
+    def _files_to_be_read(self) -> list[ModelFile]:
+        """The template's, or those that go with what was read so far."""
+        if self._template is not None:
+            found = (self._files.by_name(identity.name) for identity in self._template.files)
+            return [file for file in found if file is not None]
         read = {record.file for record in self._ledger.records() if record.accessed.total}
         suffixes = {os.path.splitext(file.path)[1] for file in read}
-        return sum(file.size_bytes for file in self._files if os.path.splitext(file.path)[1] in suffixes)
+        return [file for file in self._files if os.path.splitext(file.path)[1] in suffixes]
+
+    def _cached_bytes(self) -> int:
+        """What of the model is in the page cache; 0 where that cannot be asked exactly."""
+        total = 0
+        for file in self._files_to_be_read():
+            with contextlib.suppress(OSError):
+                residency = self._ledger.record(file).residency
+                total += residency.resident_bytes(0, file.size_bytes) if residency.exact else 0
+        return total
 
     def _load_template(self) -> Template | None:
         """The service's template, if it is whole and its files are the recorded ones."""
