@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,21 +20,10 @@ from penstock.cli import demo as module
 from penstock.cli.demo import _Disk, _Run, demo
 from penstock.testing.checkpoint import generate_checkpoint
 from penstock.testing.shapes import PRESETS, scaled, tensors, weight_bytes
-from penstock.units import GiB, MiB
+from penstock.units import MiB
 
 SIZE = "24MiB"
 MAIN = [sys.executable, "-c", "from penstock.cli.entry import main; main()", "demo"]
-
-
-@pytest.fixture
-def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty directory on a disk; the working directory is beside it."""
-    if not module._can_be_cold(tmp_path):
-        pytest.skip(f"needs a directory on a disk; {tmp_path} is in memory (choose one with pytest --basetemp)")
-    (tmp_path / "cwd").mkdir()
-    (tmp_path / "disk").mkdir()
-    monkeypatch.chdir(tmp_path / "cwd")
-    return tmp_path / "disk"
 
 
 def run(*arguments: str | Path) -> Result:
@@ -102,47 +89,12 @@ def _commands() -> Iterator[str]:
                 continue
 
 
-def test_sweeps_up_after_a_killed_demo_but_not_a_running_one(disk: Path) -> None:
-    killed, running = disk / "penstock-demo-killed", disk / "penstock-demo-running"
-    for directory in (killed, running):
-        directory.mkdir()
-        (directory / "model").touch()
-    descriptor = os.open(running, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        with module._scratch(disk, keep=False) as scratch:
-            assert sorted(disk.iterdir()) == sorted([running, scratch])
-    finally:
-        os.close(descriptor)
-    assert list(disk.iterdir()) == [running]
-
-
-def test_goes_on_with_less_where_the_room_is_short(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = shutil.disk_usage(disk)._replace(free=200 * MiB)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    assert module._fit(2 * GiB, disk) == (128 * MiB, f"200 MiB are free in {disk}")
-    assert module._fit(100 * MiB, disk) == (100 * MiB, "")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10 * MiB))
-    with pytest.raises(click.ClickException, match="too little for a demo"):
-        module._fit(2 * GiB, disk)
-
-
 @pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="needs a writable /dev/shm")
 def test_refuses_a_directory_in_memory(disk: Path) -> None:
     result = run("--size", SIZE, "--dir", "/dev/shm")
     assert result.exit_code == 1
     assert "in memory" in result.stderr
     assert not list(Path("/dev/shm").glob("penstock-*"))
-
-
-def test_looks_for_another_disk_where_the_working_directory_has_none(
-    disk: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(disk))
-    assert module._place(None) == Path.cwd()
-    cold = module._can_be_cold
-    monkeypatch.setattr(module, "_can_be_cold", lambda path: path != Path.cwd() and cold(path))
-    assert module._place(None) == disk / "penstock"
 
 
 def test_the_reader_reads_and_sums_up_every_byte(tmp_path: Path) -> None:

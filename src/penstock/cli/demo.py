@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,21 +17,15 @@ from typing import NoReturn
 
 import click
 
+from penstock.cli.scratch import choose_place, fitting_size, is_cached, make_cold, scratch_directory
 from penstock.errors import PenstockError
-from penstock.units import KiB, MiB, format_size, parse_size
+from penstock.units import MiB, format_size, parse_size
 
-_PREFIX = "penstock-demo-"
-_KEPT_PREFIX = "penstock-kept-demo-"  # not swept away by a later demo
 _PLOT = "demo.png"
-_LEAST_BYTES = 64 * MiB  # less than this says nothing
 _SMALL_BYTES = 512 * MiB  # penstock is ready after some 0.2 s
-_SHARE = 0.9  # of the room and of the memory budget: others need some too
 _WORTH_TELLING = 0.95  # of the native time; runs differ by a few percent
-_COLD_SHARE = 0.01  # of the model may be cached when a cold run begins
 _NEAR = 0.75  # of the device's bandwidth, or of the time: that much explains the rest
 _PROBE_S = 0.5
-_DROP_TRIES = 20
-_DROP_PAUSE_S = 0.05
 _STOP_S = 5.0
 
 # What a loader does, without a framework: the mapping's pages are copied into memory that stands in for pinned
@@ -135,11 +126,11 @@ def demo(context: click.Context, size_bytes: int, directory: Path | None, keep: 
     """
     with _stopping_on_signals():
         try:
-            parent = _place(directory)
-            fitting_bytes, why = _fit(size_bytes, parent)
+            parent = choose_place(directory)
+            fitting_bytes, why = fitting_size(size_bytes, parent)
             if why:
                 click.echo(f"{format_size(size_bytes)} is too much here: {why}. Going on with less.", err=True)
-            with _scratch(parent, keep=keep) as scratch:
+            with scratch_directory(parent, keep=keep) as scratch:
                 _show(scratch, fitting_bytes)
                 if keep:
                     click.echo(f"Kept in {scratch}: {', '.join(sorted(os.listdir(scratch)))}")
@@ -165,105 +156,6 @@ def _stopping_on_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _place(directory: Path | None) -> Path:
-    """Where the model goes: a disk, because what lies in memory is never cold.
-
-    Raises:
-        click.ClickException: there is no such place.
-    """
-    import platformdirs
-
-    candidates = [directory] if directory else [Path.cwd(), platformdirs.user_cache_path("penstock")]
-    for candidate in candidates:
-        with contextlib.suppress(PermissionError, FileNotFoundError):
-            if candidate is not directory and candidate != Path.cwd():
-                candidate.mkdir(parents=True, exist_ok=True)
-            if _can_be_cold(candidate):
-                return candidate.resolve()
-    raise click.ClickException(
-        f"{' and '.join(map(str, candidates))}: not writable, or in memory, where nothing is ever cold; "
-        "choose a directory on a disk with --dir"
-    )
-
-
-def _can_be_cold(directory: Path) -> bool:
-    """Whether the page cache lets go of files there: tried, because no name of a file system says so."""
-    with tempfile.TemporaryFile(dir=directory) as file:
-        file.write(bytes(256 * KiB))
-        file.flush()
-        os.fsync(file.fileno())
-        return _drop([file.fileno()]) == 0
-
-
-def _drop(descriptors: Sequence[int]) -> int:
-    """Drop files from the page cache; returns how many of their bytes stay."""
-    from penstock.linux.pagecache import FileResidency, drop
-
-    for _ in range(_DROP_TRIES):
-        stayed = 0
-        for descriptor in descriptors:
-            drop(descriptor)
-            stayed += FileResidency(descriptor).resident_bytes(0, os.fstat(descriptor).st_size)
-        if not stayed:
-            break
-        time.sleep(_DROP_PAUSE_S)  # pages that another CPU has yet to put on its lists
-    return stayed
-
-
-def _fit(size_bytes: int, directory: Path) -> tuple[int, str]:
-    """The size that room and memory allow, and why it is less than asked for ("" where it is not).
-
-    Raises:
-        click.ClickException: there is too little for anything.
-    """
-    from penstock.pagecache.headroom import Headroom
-
-    headroom = Headroom(os.getpid())
-    budget = headroom.read()
-    headroom.close()
-    free_bytes = shutil.disk_usage(directory).free
-    most_bytes, why = min(
-        (int(free_bytes * _SHARE), f"{format_size(free_bytes)} are free in {directory}"),
-        (int(budget.bytes * _SHARE), f"{format_size(budget.bytes)} of page cache may be filled ({budget.source})"),
-    )
-    if size_bytes <= most_bytes:
-        return size_bytes, ""
-    if most_bytes < _LEAST_BYTES:
-        raise click.ClickException(f"{why}, too little for a demo of {format_size(_LEAST_BYTES)}")
-    return most_bytes // _LEAST_BYTES * _LEAST_BYTES, why
-
-
-@contextlib.contextmanager
-def _scratch(parent: Path, *, keep: bool) -> Iterator[Path]:
-    """A directory that is removed however the demo ends, at the latest by the next demo beside it."""
-    for left in parent.glob(f"{_PREFIX}*"):
-        with contextlib.suppress(OSError), _locked(left):  # BlockingIOError: a demo is running there
-            shutil.rmtree(left)
-    scratch = Path(tempfile.mkdtemp(prefix=_KEPT_PREFIX if keep else _PREFIX, dir=parent))
-    finished = False
-    try:
-        with _locked(scratch):
-            yield scratch
-        finished = True
-    finally:
-        if not (keep and finished):
-            before = [(number, signal.signal(number, signal.SIG_IGN)) for number in (signal.SIGINT, signal.SIGTERM)]
-            shutil.rmtree(scratch, ignore_errors=True)
-            for number, handler in before:
-                signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Raises OSError if another process has the directory."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def _show(scratch: Path, size_bytes: int) -> None:
     """Generate, run, print."""
     import penstock.pagecache.session  # compiled now, not on the first measured run's account
@@ -283,7 +175,7 @@ def _show(scratch: Path, size_bytes: int) -> None:
     runs = [_measure("native", command, files, environment)]
     for name, report in zip(("penstock, recording", "penstock, replaying"), reports, strict=True):
         runs.append(_measure(name, [*_penstock(), "--report", str(report), "--", *command], files, environment))
-    cached = _measure("native, model in memory", command, (), environment) if _is_cached(files) else None
+    cached = _measure("native, model in memory", command, (), environment) if is_cached(files) else None
     disk = max(before, _look_at_disk(files), key=lambda found: found.bytes_per_s or 0)  # others may use it too
     every = [*runs, cached] if cached else runs
     _print_table(every)
@@ -332,7 +224,7 @@ def _measure(name: str, command: Sequence[str], cold: Sequence[Path], environmen
         click.ClickException: the files cannot be dropped, or the command failed.
     """
     if cold:
-        _make_cold(cold)
+        make_cold(cold)
     click.echo(f"{name}, cold" if cold else name, err=True)
     began_s = time.monotonic()
     # In a session of its own: Ctrl-C is ours, and then all of it ends with us.
@@ -368,34 +260,11 @@ def _end(process: subprocess.Popen[str]) -> None:
             return
 
 
-def _make_cold(files: Sequence[Path]) -> None:
-    with contextlib.ExitStack() as stack:
-        opened = [stack.enter_context(path.open("rb")) for path in files]
-        stayed = _drop([file.fileno() for file in opened])
-        size_bytes = sum(os.fstat(file.fileno()).st_size for file in opened)
-    if stayed > _COLD_SHARE * size_bytes:
-        raise click.ClickException(
-            f"{files[0].parent}: {format_size(stayed)} of {format_size(size_bytes)} stay in the page cache, so that "
-            "no run would be cold; choose another file system with --dir"
-        )
-
-
-def _is_cached(files: Sequence[Path]) -> bool:
-    from penstock.linux.pagecache import FileResidency
-
-    for path in files:
-        with path.open("rb") as file:
-            size_bytes = os.fstat(file.fileno()).st_size
-            if FileResidency(file.fileno()).resident_bytes(0, size_bytes) < (1 - _COLD_SHARE) * size_bytes:
-                return False
-    return True
-
-
 def _look_at_disk(files: Sequence[Path]) -> _Disk:
     from penstock.linux.blockdevice import BlockDevice
     from penstock.storage.probe import measure_read_bandwidth
 
-    _make_cold(files)
+    make_cold(files)
     largest = max(files, key=lambda path: path.stat().st_size)
     with contextlib.closing(BlockDevice(largest.stat().st_dev)) as device:
         setting = device.setting("read_ahead_kb") if device.exists else None
