@@ -143,14 +143,23 @@ def demo(context: click.Context, size_bytes: int, directory: Path | None, keep: 
 
 @contextlib.contextmanager
 def _stopping_on_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP unwind as Ctrl-C does, so that everything is taken back."""
+    """SIGTERM and SIGHUP unwind as Ctrl-C does, so that everything is taken back.
+
+    What a handler raises in the middle of an import Python may print and forget; then the end is the time to stop.
+    """
+    stopped = []
 
     def stop(number: int, _frame: FrameType | None) -> NoReturn:
+        stopped.append(number)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
         sys.exit(128 + number)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
+        if stopped:
+            sys.exit(128 + stopped[0])
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

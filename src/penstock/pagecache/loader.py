@@ -20,9 +20,11 @@ from penstock.units import MiB
 
 # On idle CPUs two threads reach the 2.2 GB/s of a virtio disk. Beside a program that keeps both CPUs busy each wakes
 # up late between two folios of 2 MiB, and more of them in flight cover for it: 6.4 GB through one mapping took 4.6 s
-# with four, 3.5 s with eight, 3.6 s with sixteen (medians). Interrupted within 4 MiB a thread.
+# with four, 3.5 s with eight, 3.6 s with sixteen (medians). Between two chunks a thread runs Python, and waits for the
+# interpreter: with 8 MiB a chunk a mapping took 2.4 s where 4 MiB took 2.8, read() 2.2 where it took 2.7; 16 MiB gave
+# no more.
 THREADS = 8
-_CHUNK_BYTES = 4 * MiB
+_CHUNK_BYTES = 8 * MiB
 _SCRATCH_BYTES = 1 * MiB
 
 
