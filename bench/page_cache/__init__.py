@@ -3,7 +3,8 @@
 What is measured is the wall time of a whole command, from spawn to exit, seen from outside. The arms are run in
 turn, round by round, each round beginning with another arm; ratios are taken within a round and the median of
 these is what counts. The limit L is measured between the rounds of the same run: a load cannot end before the
-program is through with a model that is in memory already, nor before the disk has delivered the bytes.
+program is through with a model that is in memory already, nor before the disk has delivered the bytes (to direct reads
+into huge pages: docs/decisions/0009). Beside each ratio of cold runs stands what L alone would give.
 
 **The state of memory is part of the method.** By default memory is kept as on a server that has been up for a while:
 full of old, clean page cache, the pages of a sparse file, whose holes are read as zeros without any I/O. A model is
