@@ -200,8 +200,11 @@ class Runtime:
             self._stopping.wait(_POLL_S if quiet_s < _IDLE_S else _IDLE_POLL_S)
         self._ask("stop", _stop)
         if self._cache is CacheMode.BURN:
+            self._loader.submit(())
+            self._loader.wait_idle(0.5)
             for record in self._ledger.records():
-                for start, stop in list(record.accessed):
+                # Also what was prefetched: a short program may have read it before anyone looked.
+                for start, stop in [*record.accessed, *record.present]:
                     self._evictor.evict(record.file, start, stop)
         self._evictor.flush()
 
