@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from penstock.linux.pagecache import FileResidency, drop
+from penstock.pagecache.loader import THREADS
 from penstock.pagecache.template import TemplateStore
 from penstock.units import MiB
 
@@ -295,7 +296,8 @@ def test_what_is_cached_at_anothers_charge_is_not_burnt(
     limited = subprocess.Popen(
         [*command, "late"], stdin=subprocess.PIPE, preexec_fn=lambda: tasks.write_text(str(os.getpid()))
     )
-    time.sleep(0.5)
+    threads = Path(f"/proc/{limited.pid}/task")
+    wait_until(lambda: len(list(threads.iterdir())) > THREADS, "penstock is not loading")
     limited.communicate(b"\n", timeout=DEADLINE_S)
     assert limited.returncode == 0
     report = read(tmp_path / "report.json")

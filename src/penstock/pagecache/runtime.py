@@ -139,10 +139,11 @@ class Runtime:
         self._stopping.set()
         self._thread.join(timeout_s)
         if self._thread.is_alive():
-            hook, since = self._inside_hook_since or ("a hook", time.monotonic())
-            self._warnings.append(
-                f"the policy's {hook} has not returned for {time.monotonic() - since:.1f} s; it was left behind"
-            )
+            text = f"penstock was still at work {timeout_s:.0f} s after the program's end; that was left behind"
+            if self._inside_hook_since is not None:
+                hook, since = self._inside_hook_since
+                text = f"the policy's {hook} has not returned for {time.monotonic() - since:.1f} s; it was left behind"
+            self._warnings.append(text)
         self._loader.close(0.5)
         loaded = self._loader.statistics()
         totals = self._ledger.totals()
