@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from penstock.cli.entry import main
+from penstock.cli.commands import penstock
 
 PAGE = Path(__file__).with_name("cli.md")
 _WIDTH = 100
@@ -32,7 +32,7 @@ def generate() -> str:
     """The page."""
     sections = [
         f"\n## {context.command_path}\n\n```text\n{context.get_help().rstrip()}\n```\n"
-        for context in _contexts(main, None, "penstock")
+        for context in _contexts(penstock, None, "penstock")
     ]
     return "".join([_HEAD, *sections])
 

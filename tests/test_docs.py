@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from penstock.cli.entry import _COMMANDS
+from penstock.cli.commands import COMMANDS
 from penstock.pagecache.base import Access, Context, Evict, ModelFile, Policy, Prefetch
 from penstock.pagecache.template import Template
 from penstock.units import GiB, MiB
@@ -31,7 +31,7 @@ def test_the_command_line_page_is_what_help_prints() -> None:
     printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     page = (ROOT / "docs/cli.md").read_text(encoding="utf-8")
     assert page == printed, "a --help has changed: run `make docs`"
-    for name in _COMMANDS:
+    for name in COMMANDS:
         assert f"\n## penstock {name}\n" in page
 
 
@@ -49,7 +49,7 @@ def test_commands_exist(page: Path) -> None:
     used = re.findall(r"^\s*(?:\$ )?penstock ([a-z]+)\b(?!:)", fenced, re.MULTILINE) + re.findall(
         r"`penstock ([a-z]+)", text
     )
-    assert set(used) <= set(_COMMANDS)
+    assert set(used) <= set(COMMANDS)
 
 
 def test_the_architecture_names_every_module() -> None:

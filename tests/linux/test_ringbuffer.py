@@ -22,13 +22,12 @@ from penstock.linux.tracefs import (
     PADDING,
     TIME_EXTEND,
     TIME_STAMP,
-    Field,
-    Format,
     Instance,
     Page,
     TraceFs,
     records,
 )
+from penstock.linux.tracepoint import Field, Format
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 COMMON = {"common_type": Field(0, 2), "common_pid": Field(4, 4)}

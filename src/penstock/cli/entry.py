@@ -1,51 +1,19 @@
-"""The `penstock` command: its subcommands, each imported when it is called."""
+"""Where the `penstock` command begins: a program to be run is started before all else is imported."""
 
 from __future__ import annotations
 
-import importlib
-
-import click
-
-from penstock import __version__
-
-_COMMANDS = {
-    "run": ("penstock.cli.run:run", "Run a command with its model files prefetched."),
-    "template": ("penstock.cli.template:template", "List, show and delete recorded I/O templates."),
-    "residency": ("penstock.cli.residency:residency", "Show what of a model is in the page cache."),
-    "warm": ("penstock.cli.warm:warm", "Read models into the page cache."),
-    "evict": ("penstock.cli.evict:evict", "Drop models from the page cache."),
-    "doctor": ("penstock.cli.doctor:doctor", "Show what this machine allows, and what penstock does instead."),
-    "plot": ("penstock.cli.plot:plot", "Draw one or more reports of `penstock run`."),
-    "generate": ("penstock.cli.generate:generate", "Write a checkpoint with a real model's shapes."),
-    "demo": ("penstock.cli.demo:demo", "See the difference on this machine, in a minute."),
-}
+import sys
 
 
-class _LazyGroup(click.Group):
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        del ctx
-        return list(_COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        del ctx
-        if cmd_name not in _COMMANDS:
-            return None
-        module, _, name = _COMMANDS[cmd_name][0].partition(":")
-        command = getattr(importlib.import_module(module), name)
-        assert isinstance(command, click.Command)
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        del ctx
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
-
-
-@click.group(
-    cls=_LazyGroup,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Example: penstock run -- python serve.py --model /models/llama-3b",
-)
-@click.version_option(__version__, prog_name="penstock")
 def main() -> None:
-    """A programmable page cache: unmodified programs load their models at the SSD's speed."""
+    """Run the command line in ``sys.argv``."""
+    launched = None
+    if sys.argv[1:2] == ["run"]:
+        from penstock.cli.launch import launch, plain
+
+        words = plain(sys.argv[2:])
+        if words is not None:
+            launched = launch(*words)
+    from penstock.cli.commands import penstock
+
+    penstock(obj=launched)

@@ -1,8 +1,7 @@
-"""`penstock run`: the program starts at once, and what penstock needs is imported while it does."""
+"""`penstock run`: what penstock needs is imported while the program runs already."""
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import time
@@ -11,18 +10,16 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
+from penstock.cli.launch import CACHE_MODES, OBSERVERS, Launched, fail, launch
 from penstock.cli.paths import fingerprint_directory, template_directory
-from penstock.errors import PenstockError, UnsupportedError
-from penstock.linux.program import Program, exit_like
+from penstock.errors import PenstockError
+from penstock.linux.program import exit_like
 from penstock.pagecache.policies import BUILT_IN, create_policy
 from penstock.units import parse_size
 
 if TYPE_CHECKING:
-    from penstock.linux.tracefs import Instance
     from penstock.pagecache.runtime import Outcome
     from penstock.pagecache.session import Session
-
-_OWN_FAILURE = 125  # penstock itself failed and the command did not run; as env, timeout and docker run count
 
 
 class _Size(click.ParamType[int | None]):
@@ -63,14 +60,14 @@ Examples:
 @click.option("--memory", type=_Size(), default="auto", help="Page cache the model may take, such as 8GiB.")
 @click.option(
     "--cache",
-    type=click.Choice(["auto", "keep", "burn"]),
+    type=click.Choice(CACHE_MODES),
     default="auto",
     show_default=True,
     help="auto keeps what was read if the model fits into memory, and evicts it behind the reader if not.",
 )
 @click.option(
     "--observer",
-    type=click.Choice(["auto", "tracefs", "process"]),
+    type=click.Choice(OBSERVERS),
     default="auto",
     show_default=True,
     help="auto is tracefs for root where there is one, else /proc.",
@@ -80,7 +77,9 @@ Examples:
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw the run into this PNG.")
 @click.option("--quiet", "-q", is_flag=True, help="Say nothing on stderr unless something is wrong.")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+@click.pass_obj
 def run(
+    launched: Launched | None,
     service: str | None,
     policy_name: str,
     models: tuple[Path, ...],
@@ -99,24 +98,13 @@ def run(
     prefetched from the moment the command starts, within the memory there is. Exit status, signals, terminal
     and output are the command's own; penstock speaks on stderr only.
     """
-    try:
-        own_policy = None if policy_name in BUILT_IN else create_policy(policy_name)
-    except PenstockError as error:
-        _fail(str(error))
-    environment = dict(os.environ)
-    program = Program(command)
-    # For our own copy of numpy: its thread pool would only take memory.
-    os.environ["OPENBLAS_NUM_THREADS"] = "1"
-    instance, reason = _trace(program.pid, observer)
-    if instance is None and observer == "tracefs":
-        program.abandon()
-        _fail(f"--observer tracefs: {reason}")
-    program.forward_signals()
-    started_s = time.monotonic()
-    try:
-        program.release()
-    except OSError as error:
-        _fail(f"{command[0]}: {error.strerror}", 127 if error.errno == errno.ENOENT else 126)
+    own_policy = None
+    if launched is None:
+        try:
+            own_policy = None if policy_name in BUILT_IN else create_policy(policy_name)
+        except PenstockError as error:
+            fail(str(error))
+        launched = launch(command, observer)
 
     session: Session | None = None
     try:
@@ -136,17 +124,19 @@ def run(
             sampling=report is not None or plot is not None,
         )
         policy = own_policy or create_policy(policy_name)
-        session = Session(options, policy, program.pid, instance, environment, started_s)
-        if reason and observer == "auto":
-            session.warnings.append(f"observing through /proc, because tracefs is not usable: {reason}")
+        session = Session(
+            options, policy, launched.program.pid, launched.instance, launched.environment, launched.started_s
+        )
+        if launched.reason and observer == "auto":
+            session.warnings.append(f"observing through /proc, because tracefs is not usable: {launched.reason}")
         session.begin()
         import penstock.report.report  # noqa: F401 — now, not when the program has ended and someone waits for us
     except Exception as error:  # noqa: BLE001 — whatever it is, the program goes on without us
         session = None
         click.echo(f"penstock: not prefetching: {type(error).__name__}: {error}", err=True)
 
-    status = program.wait()
-    wall_s = time.monotonic() - started_s
+    status = launched.program.wait()
+    wall_s = time.monotonic() - launched.started_s
     exit_code = exit_like(status)
     if session is not None:
         try:
@@ -157,26 +147,6 @@ def run(
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)  # a policy that never returns may still hold a thread
-
-
-def _fail(message: str, code: int = _OWN_FAILURE) -> None:
-    click.echo(f"penstock: {message}", err=True)
-    sys.exit(code)
-
-
-def _trace(pid: int, observer: str) -> tuple[Instance | None, str]:
-    """A tracefs instance that follows the program, or why there is none ("" where none was to be expected)."""
-    if observer == "process":
-        return None, ""
-    if os.geteuid() != 0:
-        return None, "it needs root" if observer == "tracefs" else ""
-    from penstock.linux.janitor import Janitor
-    from penstock.linux.tracefs import follow
-
-    try:
-        return follow(pid, Janitor().announce), ""
-    except (OSError, UnsupportedError) as error:
-        return None, str(error)
 
 
 def _tell(

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
-from typing import Any
+
+TYPE_CHECKING = False  # typing's own takes 8 ms to import, and a program may wait for this module
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Sequence
-from types import FrameType
+
+TYPE_CHECKING = False  # typing's own takes 8 ms to import, and a program waits for this module
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import FrameType
 
 # Sent to penstock alone (by an init system, an orchestrator): meant for the program. SIGINT, SIGQUIT and SIGTSTP
 # from a terminal reach the whole foreground group, the program with it; passing SIGINT on would send it twice.

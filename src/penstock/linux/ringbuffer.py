@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penstock.linux.pagecache import PAGE_BYTES
-from penstock.linux.tracefs import PADDING, TIME_EXTEND, TIME_STAMP, Format, Page
+from penstock.linux.tracefs import PADDING, TIME_EXTEND, TIME_STAMP, Page
+from penstock.linux.tracepoint import Format
 
 EVENT_DTYPE = np.dtype(
     [

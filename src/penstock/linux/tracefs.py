@@ -22,17 +22,17 @@ and header_event.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import mmap
 import os
-import re
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from mmap import PAGESIZE
 
 from penstock.errors import UnsupportedError
-from penstock.linux.libc import syscall
+
+TYPE_CHECKING = False  # typing's own takes 8 ms to import, and a program waits for this module
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from penstock.linux.tracepoint import Format
 
 INSTANCE_PREFIX = "penstock-"
 
@@ -54,42 +54,6 @@ ADD = "mm_filemap_add_to_page_cache"
 ACCESS_EVENTS = (READ, FAULT, MAP)
 
 Page = tuple[bytes, bytes]  # of a ring: header (time stamp, commit) and the events' bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Field:
-    """Where one field of a tracepoint's record lies."""
-
-    offset_bytes: int
-    size_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Format:
-    """The record of one tracepoint, as its ``format`` file describes it."""
-
-    name: str
-    identifier: int
-    fields: dict[str, Field]
-
-
-def parse_format(text: str) -> Format:
-    """Read an ``events/…/format`` file.
-
-    Raises:
-        UnsupportedError: the text has no name or no ID.
-    """
-    name = re.search(r"^name: (\w+)$", text, re.MULTILINE)
-    identifier = re.search(r"^ID: (\d+)$", text, re.MULTILINE)
-    if name is None or identifier is None:
-        raise UnsupportedError(
-            "a tracepoint's format file lacks its name or ID line; penstock cannot read this kernel's tracefs"
-        )
-    fields = {
-        match[1]: Field(int(match[2]), int(match[3]))
-        for match in re.finditer(r"field:[^;]*?(\w+)(?:\[\d*\])?;\s*offset:(\d+);\s*size:(\d+);", text)
-    }
-    return Format(name[1], int(identifier[1]), fields)
 
 
 class TraceFs:
@@ -139,12 +103,7 @@ class TraceFs:
 
     def available_events(self, names: Iterable[str]) -> list[str]:
         """Those of the filemap tracepoints that this kernel has."""
-        found = []
-        for name in names:
-            with contextlib.suppress(OSError):
-                os.stat(f"events/filemap/{name}", dir_fd=self.fd)
-                found.append(name)
-        return found
+        return [name for name in names if os.access(f"events/filemap/{name}", os.F_OK, dir_fd=self.fd)]
 
     def close(self) -> None:
         """Close the descriptor; a detached mount is gone with the last one. A second time does nothing."""
@@ -154,6 +113,10 @@ class TraceFs:
 
 
 def _detached_mount() -> int:
+    import ctypes
+
+    from penstock.linux.libc import syscall
+
     name = ctypes.cast(ctypes.create_string_buffer(b"tracefs"), ctypes.POINTER(ctypes.c_char))
     context = syscall(_NR_FSOPEN, "fsopen", name, _FSOPEN_CLOEXEC)
     try:
@@ -170,10 +133,10 @@ def instance_name(pid: int) -> str:
 
 def _start_time(pid: int) -> str | None:
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
+        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
+            return file.read().rpartition(")")[2].split()[19]
     except OSError:
         return None
-    return stat.rpartition(")")[2].split()[19]
 
 
 def remove_stale_instances(tracefs: TraceFs) -> list[str]:
@@ -182,11 +145,15 @@ def remove_stale_instances(tracefs: TraceFs) -> list[str]:
     removed = []
     try:
         for name in os.listdir(directory):
-            match = re.fullmatch(re.escape(INSTANCE_PREFIX) + r"(\d+)-(\w+)", name)
-            if match and _start_time(int(match[1])) != match[2]:
-                with contextlib.suppress(OSError):  # someone else was quicker, or it is in use
+            maker, dash, start_time = name.removeprefix(INSTANCE_PREFIX).partition("-")
+            if not name.startswith(INSTANCE_PREFIX) or not maker.isdecimal() or not dash:
+                continue
+            if _start_time(int(maker)) != start_time:
+                try:
                     os.rmdir(name, dir_fd=directory)
-                    removed.append(name)
+                except OSError:
+                    continue  # someone else was quicker, or it is in use
+                removed.append(name)
     finally:
         os.close(directory)
     return removed
@@ -221,10 +188,10 @@ class Instance:
         self.events = tuple(events)
         self._rings: list[int] = []
         self.missed_pages = 0  # ring-buffer pages that were overwritten before they were read
-        try:
-            self.formats = [parse_format(tracefs.read(f"events/filemap/{name}/format")) for name in events]
-        except FileNotFoundError as error:
-            raise UnsupportedError(f"this kernel lacks a page-cache tracepoint: {error.filename}") from error
+        self._formats: list[Format] = []
+        missing = set(events) - set(tracefs.available_events(events))
+        if missing:
+            raise UnsupportedError(f"this kernel lacks page-cache tracepoints: {', '.join(sorted(missing))}")
         os.mkdir(self._path, dir_fd=tracefs.fd)
         try:
             self._configure(pid)
@@ -259,6 +226,15 @@ class Instance:
             "tracefs numbers processes of another pid namespace; start the container in the host's to use it"
         )
 
+    @property
+    def formats(self) -> list[Format]:
+        """The record of each of the events."""
+        if not self._formats:
+            from penstock.linux.tracepoint import parse_format
+
+            self._formats = [parse_format(self._tracefs.read(f"events/filemap/{name}/format")) for name in self.events]
+        return self._formats
+
     def _write(self, name: str, text: str) -> None:
         self._tracefs.write(f"{self._path}/{name}", text)
 
@@ -284,7 +260,7 @@ class Instance:
         for ring in self._rings:
             while True:
                 try:
-                    page = os.read(ring, mmap.PAGESIZE)
+                    page = os.read(ring, PAGESIZE)
                 except BlockingIOError:
                     break
                 if len(page) < 16:

@@ -1,0 +1,147 @@
+"""Starting the program of `penstock run`, with as little as possible imported before it.
+
+Of what penstock needs, the command line alone takes longer to import than many programs need to read a model that is
+cached. So where the arguments leave no doubt, the program is started first; they are parsed for good beside it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import time
+
+from penstock.errors import UnsupportedError
+from penstock.linux.program import Program
+
+TYPE_CHECKING = False  # typing's own takes 8 ms to import, and a program waits for this module
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import NoReturn
+
+    from penstock.linux.tracefs import Instance
+
+OWN_FAILURE = 125  # penstock itself failed and the command did not run; as env, timeout and docker run count
+_NOT_FOUND, _NOT_EXECUTABLE = 127, 126
+
+POLICIES = ("native", "eager", "sequential", "maio")
+CACHE_MODES = ("auto", "keep", "burn")
+OBSERVERS = ("auto", "tracefs", "process")
+
+
+class Launched:
+    """A program that runs, and what follows it.
+
+    Attributes:
+        instance: the tracefs instance that has followed it from before its first instruction, or None.
+        reason: why there is none; "" where none was to be expected.
+        environment: what the program was given.
+        started_s: time.monotonic() of its start.
+    """
+
+    def __init__(
+        self, program: Program, instance: Instance | None, reason: str, environment: dict[str, str], started_s: float
+    ) -> None:
+        self.program = program
+        self.instance = instance
+        self.reason = reason
+        self.environment = environment
+        self.started_s = started_s
+
+
+def launch(command: Sequence[str], observer: str) -> Launched:
+    """Start the command, followed through tracefs where that is possible and wanted.
+
+    Ends penstock, with a message, where the command cannot be started as asked for.
+    """
+    environment = dict(os.environ)
+    program = Program(command)
+    # For our own copy of numpy: its thread pool would only take memory.
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"
+    instance, reason = _trace(program.pid, observer)
+    if instance is None and observer == "tracefs":
+        program.abandon()
+        fail(f"--observer tracefs: {reason}")
+    program.forward_signals()
+    started_s = time.monotonic()
+    try:
+        program.release()
+    except OSError as error:
+        fail(f"{command[0]}: {error.strerror}", _NOT_FOUND if error.errno == errno.ENOENT else _NOT_EXECUTABLE)
+    return Launched(program, instance, reason, environment, started_s)
+
+
+def _trace(pid: int, observer: str) -> tuple[Instance | None, str]:
+    """A tracefs instance that follows the program, or why there is none ("" where none was to be expected)."""
+    if observer == "process":
+        return None, ""
+    if os.geteuid() != 0:
+        return None, "it needs root" if observer == "tracefs" else ""
+    from penstock.linux.janitor import Janitor
+    from penstock.linux.tracefs import follow
+
+    try:
+        return follow(pid, Janitor().announce), ""
+    except (OSError, UnsupportedError) as error:
+        return None, str(error)
+
+
+def fail(message: str, code: int = OWN_FAILURE) -> NoReturn:
+    """End penstock because the command was not started."""
+    sys.stderr.write(f"penstock: {message}\n")
+    sys.exit(code)
+
+
+def plain(arguments: Sequence[str]) -> tuple[list[str], str] | None:
+    """The command and the observer in the arguments of `penstock run`, if those are right beyond doubt.
+
+    None leaves them to the real parser, whether they are wrong or only less plain: an unusual spelling, a policy of
+    the user's own, which has to be imported first.
+    """
+    observer = "auto"
+    index = 0
+    while index < len(arguments):
+        word = arguments[index]
+        if word == "--" or not word.startswith("-"):
+            break
+        if word in _FLAGS:
+            index += 1
+            continue
+        is_valid = _OPTIONS.get(word)
+        if is_valid is None or index + 1 >= len(arguments):
+            return None
+        value = arguments[index + 1]
+        if value.startswith("-") or not is_valid(value):
+            return None
+        if word == "--observer":
+            observer = value
+        index += 2
+    command = list(arguments[index + (arguments[index : index + 1] == ["--"]) :])
+    return (command, observer) if command else None
+
+
+def _is_size(value: str) -> bool:
+    number = value[:-3] if value.endswith(("KiB", "MiB", "GiB", "TiB")) else value
+    return value == "auto" or (number.isascii() and number.isdecimal())
+
+
+def _is_readable(value: str) -> bool:
+    return os.access(value, os.R_OK)
+
+
+def _is_no_directory(value: str) -> bool:
+    return not os.path.lexists(value) or (os.path.isfile(value) and os.access(value, os.R_OK))
+
+
+_FLAGS = ("-q", "--quiet")
+_OPTIONS: dict[str, Callable[[str], bool]] = {
+    "--service": bool,
+    "--policy": POLICIES.__contains__,
+    "--model": _is_readable,
+    "--memory": _is_size,
+    "--cache": CACHE_MODES.__contains__,
+    "--observer": OBSERVERS.__contains__,
+    "--templates": bool,
+    "--report": _is_no_directory,
+    "--plot": _is_no_directory,
+}

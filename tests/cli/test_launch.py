@@ -1,0 +1,90 @@
+"""penstock.cli.launch: what is started before it is parsed must be what the parser would have started."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from penstock.cli.launch import CACHE_MODES, OBSERVERS, POLICIES, plain
+from penstock.cli.run import run
+from penstock.pagecache.policies import BUILT_IN
+from penstock.pagecache.runtime import CacheMode
+
+OPTIONS = [option for parameter in run.params if isinstance(parameter, click.Option) for option in parameter.opts]
+HERE = str(Path(__file__).parent)
+VALUES = [
+    "",
+    "-",
+    "--",
+    "-q",
+    "auto",
+    "8GiB",
+    "8KMG",
+    "8",
+    "8.5G",
+    "1e3",
+    "\u0663",
+    "maio",
+    "mine:Policy",
+    "keep",
+    "tracefs",
+]
+VALUES += [__file__, HERE, f"{HERE}/nothing", "python"]
+
+
+def test_the_choices_are_the_real_ones() -> None:
+    assert tuple(BUILT_IN) == POLICIES
+    assert tuple(mode.value for mode in CacheMode) == CACHE_MODES
+    choices = next(parameter.type for parameter in run.params if parameter.name == "observer")
+    assert isinstance(choices, click.Choice)
+    assert tuple(choices.choices) == OBSERVERS
+
+
+@given(st.lists(st.sampled_from([*OPTIONS, *VALUES, "--service=x", "-x"]), max_size=8))
+@example(["--quiet", "--model", HERE, "--memory", "8GiB", "--", "python", "--memory"])
+@example(["--memory", "8KMG", "--", "python"])
+@example(["--report", HERE, "--", "python"])
+@example(["--observer", "tracefs", "python", "--", "x"])
+def test_the_parser_agrees_with_what_is_plain(arguments: list[str]) -> None:
+    found = plain(arguments)
+    if found is None:
+        return
+    context = run.make_context("run", list(arguments))
+    assert tuple(found[0]) == context.params["command"]
+    assert found[1] == context.params["observer"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--"],
+        ["-q"],
+        ["--model", HERE],
+        ["--policy", "mine:Policy", "python"],
+        ["--memory", "lots", "python"],
+        ["--model", f"{HERE}/nothing", "python"],
+        ["--wish", "python"],
+        ["--help"],
+    ],
+)
+def test_the_rest_is_left_to_the_parser(arguments: list[str]) -> None:
+    assert plain(arguments) is None
+
+
+def test_what_is_usual_is_plain() -> None:
+    assert plain(["python", "serve.py", "--model", "m"]) == (["python", "serve.py", "--model", "m"], "auto")
+    assert plain(["--model", HERE, "--report", f"{HERE}/new.json", "--", "x"]) == (["x"], "auto")
+    assert plain(["--observer", "process", "--memory", "64GiB", "--cache", "burn", "-q", "x"]) == (["x"], "process")
+
+
+def test_no_more_is_imported_than_the_program_can_wait_for() -> None:
+    code = "import sys, penstock.cli.launch, penstock.linux.janitor, penstock.linux.tracefs; print(*sys.modules)"
+    names = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True).stdout
+    assert not {"click", "typing", "dataclasses", "pathlib", "re", "numpy"} & set(names.split())
