@@ -23,12 +23,13 @@ from bench.page_cache.limit import LimitUse, MemoryLimit
 from bench.page_cache.memory import Ballast, resident_share
 from bench.page_cache.model import Contents, Model, expected
 from bench.page_cache.readahead import ReadAhead
+from penstock.errors import UnsupportedError
+from penstock.linux.tracefs import TraceFs
 from penstock.units import MiB
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 900
 _SAMPLE_S = 0.05
-_TRACEFS_INSTANCES = Path("/sys/kernel/tracing/instances")
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,12 +155,13 @@ class Runner:
                     "--templates", str(scratch / "templates"), "--report", str(report_path), "--", *command,
                 ]  # fmt: skip
             environment = self._environment(scratch)
+            instances = _tracefs_instances()
             if self._ballast.holds:
                 self._warm_libraries(setting.client, environment, scratch)
+                _wait_for_no_more_than(instances)  # to make another waits until the last is removed, 0.1 s
             self._ballast.fill()
             self._read_ahead.set(read_ahead_kib)
             limit = self._limit(key)
-            instances = _tracefs_instances()
             warm_s = 0.0
             try:
                 enter = self._enter(setting.user, limit)
@@ -409,6 +411,10 @@ def _wait_for_no_more_than(instances: set[str]) -> None:
 
 def _tracefs_instances() -> set[str]:
     try:
-        return set(os.listdir(_TRACEFS_INSTANCES))
-    except OSError:
+        tracefs = TraceFs()  # where it is not mounted, penstock uses a mount of its own, and so must we
+    except UnsupportedError:
         return set()
+    try:
+        return tracefs.instances()
+    finally:
+        tracefs.close()

@@ -105,6 +105,14 @@ class TraceFs:
         """Those of the filemap tracepoints that this kernel has."""
         return [name for name in names if os.access(f"events/filemap/{name}", os.F_OK, dir_fd=self.fd)]
 
+    def instances(self) -> set[str]:
+        """The names of all instances, whoever made them."""
+        directory = os.open("instances", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.fd)
+        try:
+            return set(os.listdir(directory))
+        finally:
+            os.close(directory)
+
     def close(self) -> None:
         """Close the descriptor; a detached mount is gone with the last one. A second time does nothing."""
         if self.fd >= 0:
@@ -141,21 +149,15 @@ def _start_time(pid: int) -> str | None:
 
 def remove_stale_instances(tracefs: TraceFs) -> list[str]:
     """Remove the instances whose makers are gone (killed before they could); returns their names."""
-    directory = os.open("instances", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=tracefs.fd)
     removed = []
-    try:
-        for name in os.listdir(directory):
-            maker, dash, start_time = name.removeprefix(INSTANCE_PREFIX).partition("-")
-            if not name.startswith(INSTANCE_PREFIX) or not maker.isdecimal() or not dash:
-                continue
-            if _start_time(int(maker)) != start_time:
-                try:
-                    os.rmdir(name, dir_fd=directory)
-                except OSError:
-                    continue  # someone else was quicker, or it is in use
+    for name in tracefs.instances():
+        maker, dash, start_time = name.removeprefix(INSTANCE_PREFIX).partition("-")
+        if not name.startswith(INSTANCE_PREFIX) or not maker.isdecimal() or not dash:
+            continue
+        if _start_time(int(maker)) != start_time:
+            with contextlib.suppress(OSError):  # someone else was quicker, or it is in use
+                os.rmdir(f"instances/{name}", dir_fd=tracefs.fd)
                 removed.append(name)
-    finally:
-        os.close(directory)
     return removed
 
 
