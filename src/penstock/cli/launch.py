@@ -13,6 +13,7 @@ import time
 
 from penstock.errors import UnsupportedError
 from penstock.linux.program import Program
+from penstock.linux.scheduling import GiveWay
 
 TYPE_CHECKING = False  # typing's own takes 8 ms to import, and a program waits for this module
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class Launched:
         reason: why there is none; "" where none was to be expected.
         environment: what the program was given.
         started_s: time.monotonic() of its start.
+        give_way: the program starts, and what we import meanwhile may wait for it.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Launched:
         self.reason = reason
         self.environment = environment
         self.started_s = started_s
+        self.give_way = GiveWay()
 
 
 def launch(command: Sequence[str], observer: str) -> Launched:

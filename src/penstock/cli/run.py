@@ -112,6 +112,8 @@ def run(
         from penstock.pagecache.runtime import CacheMode
         from penstock.pagecache.session import Session, SessionOptions
 
+        policy = own_policy or create_policy(policy_name)
+        launched.give_way.end()
         options = SessionOptions(
             command=command,
             service=service,
@@ -123,7 +125,6 @@ def run(
             fingerprints=fingerprint_directory(),
             sampling=report is not None or plot is not None,
         )
-        policy = own_policy or create_policy(policy_name)
         session = Session(
             options, policy, launched.program.pid, launched.instance, launched.environment, launched.started_s
         )
