@@ -116,6 +116,11 @@ class Ledger:
             self._waiting_bytes -= record.waiting.remove(start, stop)
             self._evicted_bytes += freed_bytes
 
+    def present_bytes(self) -> int:
+        """Bytes of all files that should be cached, by what is known of reads, prefetches and evictions."""
+        with self._lock:
+            return sum(record.present.total for record in self._records.values())
+
     def resident_bytes(self) -> int:
         """Cached bytes of all files: asked from the kernel, or what should be there where asking is not exact."""
         return sum(
