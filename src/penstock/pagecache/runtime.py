@@ -26,6 +26,8 @@ if TYPE_CHECKING:  # they import numpy: 0.1 s, in which the loader reads already
     from penstock.pagecache.observers.base import Observed, Observer
 
 _POLL_S = 0.012
+_CALM_POLL_S = 0.04  # while there is nothing to be done: a poll looks through /proc, at the program's expense
+_CALM_S = 0.25  # since anything was read in, waited for, or asked for by the policy
 _IDLE_POLL_S = 0.1  # once nothing was read for _IDLE_S
 _IDLE_S = 20.0
 _QUIET_S = 5.0
@@ -124,6 +126,7 @@ class Runtime:
         self._last_access_s: float | None = None
         self._residency = ResidencyMeter(ledger)
         self._inside_hook_since: tuple[str, float] | None = None
+        self._asked_s = 0.0  # when the policy last asked for something
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="penstock-runtime", daemon=True)
 
@@ -198,7 +201,7 @@ class Runtime:
             elif not told_quiet and self._last_access_s is not None and quiet_s > _QUIET_S:
                 told_quiet = True
                 self._on_quiet()
-            self._stopping.wait(_POLL_S if quiet_s < _IDLE_S else _IDLE_POLL_S)
+            self._stopping.wait(self._poll_interval_s(now, quiet_s))
         self._ask("stop", _stop)
         if self._cache is CacheMode.BURN:
             self._loader.submit(())
@@ -208,6 +211,13 @@ class Runtime:
                 for start, stop in [*record.accessed, *record.present]:
                     self._evictor.evict(record.file, start, stop)
         self._evictor.flush()
+
+    def _poll_interval_s(self, now: float, quiet_s: float) -> float:
+        if quiet_s >= _IDLE_S:
+            return _IDLE_POLL_S
+        if not self._loader.idle:
+            self._asked_s = now
+        return _POLL_S if now - self._asked_s < _CALM_S else _CALM_POLL_S
 
     def _mapped_parts(self, file: ModelFile) -> Sequence[MappedPart]:
         return self._observer.mapped_parts(file) if self._observer else ()
@@ -291,6 +301,8 @@ class Runtime:
             self._policy = None
             self._loader.submit(())
             return ()
+        if answer:
+            self._asked_s = time.monotonic()
         return answer
 
     def _submit(self, requests: Sequence[Prefetch | Evict]) -> None:

@@ -21,7 +21,7 @@ from penstock.units import KiB
 _SMALLEST_MAPPING_BYTES = 256 * KiB
 _REFRESH_S = 0.01  # a small shard may be mapped for no longer
 _MOST_SCANS = 8
-_REFRESH_SHARE = 0.1  # of the time, at most, goes into looking through /proc
+_REFRESH_SHARE = 0.04  # of the time, at most, goes into looking through /proc: its locks are the program's, too
 
 
 @dataclass(frozen=True, slots=True)
