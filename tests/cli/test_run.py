@@ -454,20 +454,26 @@ def test_native_records_nothing(tmp_path: Path, model: Path, reader: Path) -> No
     assert not list((tmp_path / "t").glob("*"))
 
 
-@pytest.mark.root
-@pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user needs root")
-def test_as_an_ordinary_user(tmp_path: Path, reader: Path, model: Path) -> None:
-    uid = 65534
-    if subprocess.run(["setpriv", "--reuid", str(uid), sys.executable, "-c", ""], capture_output=True).returncode:
-        pytest.skip("an ordinary user may not run this Python (its directory is closed)")
-    tmp_path.chmod(0o777)
-    for directory in tmp_path.parents:
-        if directory != Path("/") and not directory.stat().st_mode & 0o001:
-            pytest.skip(f"{directory} is closed to an ordinary user")
-    ended = subprocess.run(
-        ["setpriv", "--reuid", str(uid), "--regid", str(uid), "--clear-groups", PENSTOCK, "run",
-         "--report", tmp_path / "report.json", "--", sys.executable, reader, model],
-        capture_output=True, text=True, timeout=60, check=False, env={**os.environ, "HOME": str(tmp_path)},
-    )  # fmt: skip
+def test_as_an_ordinary_user(tmp_path: Path, reader: Path, model: Path, as_ordinary_user: list[str]) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    own.chmod(0o777)
+    environment = {**os.environ, "HOME": str(own), "XDG_CACHE_HOME": str(own / "cache")}
+    options = ["--templates", own / "templates", "--report", own / "report.json"]
+    command = [*as_ordinary_user, PENSTOCK, "run", *options, "--", sys.executable, reader, model, "wait"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    ) as recording:
+        templates = own / "templates"
+        wait_until(lambda: templates.exists() and any(templates.iterdir()), "nothing was recorded")
+        _, errors = recording.communicate(b"x", timeout=DEADLINE_S)
+    assert recording.returncode == 0, errors
+    report = read(own / "report.json")
+    assert (report["observer"], report["mode"]) == ("process", "record")
+    assert report["bytes_accessed"] == 2 * BYTES
+    make_cold(model)
+    command[command.index(own / "report.json")] = own / "replay.json"  # access(2) knows no ambient capability
+    ended = subprocess.run(command, input=b"x", capture_output=True, timeout=60, check=False, env=environment)
     assert ended.returncode == 0, ended.stderr
-    assert read(tmp_path / "report.json")["observer"] == "process"
+    report = read(own / "replay.json")
+    assert (report["observer"], report["mode"]) == ("process", "replay")

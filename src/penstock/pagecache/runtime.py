@@ -20,13 +20,14 @@ from penstock.pagecache.ledger import Ledger
 from penstock.pagecache.loader import THREADS, Loader
 from penstock.pagecache.recorder import Recorder
 from penstock.pagecache.sample import ResidencyMeter, Sample
+from penstock.units import MiB
 
 if TYPE_CHECKING:  # they import numpy: 0.1 s, in which the loader reads already
     from penstock.pagecache.evictor import MappedPart
     from penstock.pagecache.observers.base import Observed, Observer
 
 _POLL_S = 0.012
-_CALM_POLL_S = 0.04  # while there is nothing to be done: a poll looks through /proc, at the program's expense
+_CALM_POLL_S = 0.04  # while there is nothing to be done, and nothing is lost: a poll costs the program, too
 _CALM_S = 0.25  # since anything was read in, waited for, or asked for by the policy
 _IDLE_POLL_S = 0.1  # once nothing was read for _IDLE_S
 _IDLE_S = 20.0
@@ -35,6 +36,7 @@ _GOVERN_S = 0.02
 _SAMPLE_S = 0.08
 _CHARGED_ELSEWHERE_S = 1.0
 _THREADS_BESIDE_OWN_READS = 1  # two made transformers import in 2.4 s, eight in 2.3 to 6.4, one in 2.1 (medians)
+_READ_AHEAD_BYTES = 16 * MiB  # what the kernel may bring in beyond a range: twice the largest read_ahead_kb in use
 _UNEVICTABLE_SHARE = 0.25  # of the budget, ahead of a reader whose pages cannot be evicted
 
 
@@ -201,23 +203,24 @@ class Runtime:
             elif not told_quiet and self._last_access_s is not None and quiet_s > _QUIET_S:
                 told_quiet = True
                 self._on_quiet()
-            self._stopping.wait(self._poll_interval_s(now, quiet_s))
+            self._stopping.wait(self._poll_interval_s(observer, now, quiet_s))
         self._ask("stop", _stop)
         if self._cache is CacheMode.BURN:
-            self._loader.submit(())
-            self._loader.wait_idle(0.5)
+            self._loader.close(0.5)  # what it maps, to read it in or to touch it, could not be dropped
             for record in self._ledger.records():
                 # Also what was prefetched: a short program may have read it before anyone looked.
                 for start, stop in [*record.accessed, *record.present]:
-                    self._evictor.evict(record.file, start, stop)
+                    beyond = min(stop + _READ_AHEAD_BYTES, record.file.size_bytes)
+                    self._evictor.evict(record.file, start, beyond)
         self._evictor.flush()
 
-    def _poll_interval_s(self, now: float, quiet_s: float) -> float:
+    def _poll_interval_s(self, observer: Observer, now: float, quiet_s: float) -> float:
         if quiet_s >= _IDLE_S:
             return _IDLE_POLL_S
         if not self._loader.idle:
             self._asked_s = now
-        return _POLL_S if now - self._asked_s < _CALM_S else _CALM_POLL_S
+        is_calm = observer.keeps_events and now - self._asked_s >= _CALM_S
+        return _CALM_POLL_S if is_calm else _POLL_S
 
     def _mapped_parts(self, file: ModelFile) -> Sequence[MappedPart]:
         return self._observer.mapped_parts(file) if self._observer else ()

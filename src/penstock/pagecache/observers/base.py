@@ -42,6 +42,7 @@ class Observer(ABC):
     """
 
     name: str  # as in --observer
+    keeps_events = False  # whether what happens between two polls is there at the next, however long that takes
 
     @abstractmethod
     def start(self, pid: int) -> None:

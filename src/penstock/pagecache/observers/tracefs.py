@@ -36,6 +36,7 @@ class TracefsObserver(Observer):
     """
 
     name = "tracefs"
+    keeps_events = True
 
     def __init__(
         self,
