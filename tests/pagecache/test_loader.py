@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 import threading
 import time
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from penstock.linux import numa, pagecache
+from penstock.linux import numa
 from penstock.linux.pagecache import FileWindow, drop, mincore
 from penstock.pagecache.base import ModelFile, Prefetch
 from penstock.pagecache.ledger import Ledger
@@ -52,18 +51,6 @@ def loader(ledger: Ledger) -> Iterator[Loader]:
 def resident(file: ModelFile, start: int, stop: int) -> int:
     with open(file.path, "rb") as opened:
         return int(mincore(opened.fileno(), start, stop).sum()) * PAGE
-
-
-@pytest.fixture(autouse=True)
-def no_read_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the kernel reads beyond a chunk by itself is not counted, and depends on the disk's settings."""
-    populate = FileWindow.populate
-
-    def populate_alone(window: FileWindow) -> None:
-        pagecache._madvise(window._address, window._length, mmap.MADV_RANDOM)
-        populate(window)
-
-    monkeypatch.setattr(FileWindow, "populate", populate_alone)
 
 
 def wait_until(condition: Callable[[], bool], otherwise: str) -> None:

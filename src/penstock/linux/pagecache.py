@@ -269,6 +269,9 @@ class FileWindow:
     def populate(self) -> None:
         """Read it into the cache in 2 MiB units without copying it; blocks until it is there.
 
+        Nothing is read ahead beyond it. A neighbour would come to that soon enough, in units as large; the kernel's
+        read-ahead grows to read_ahead_kb, and with 8 MiB of that a mapping took 3.7 s where it takes 3.2 without.
+
         Raises:
             OSError: EINVAL before Linux 5.14; EFAULT where the file ends before stop; EIO for a failed read.
         """
@@ -277,6 +280,7 @@ class FileWindow:
         except OSError as error:
             if error.errno != errno.EINVAL:  # EINVAL: a kernel without transparent huge pages
                 raise
+        _madvise(self._address, self._length, mmap.MADV_RANDOM)
         while True:
             try:
                 _madvise(self._address, self._length, _MADV_POPULATE_READ)
