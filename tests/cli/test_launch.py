@@ -84,6 +84,18 @@ def test_what_is_usual_is_plain() -> None:
     assert plain(["--observer", "process", "--memory", "64GiB", "--cache", "burn", "-q", "x"]) == (["x"], "process")
 
 
+@pytest.mark.parametrize("broken", ["raise ImportError('no click here')", "raise SystemExit(2)"])
+def test_what_goes_wrong_afterwards_leaves_the_program_alone(tmp_path: Path, broken: str) -> None:
+    (tmp_path / "click.py").write_text(broken)
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from penstock.cli.entry import main; main()"
+    program = [sys.executable, "-c", "print('done'); raise SystemExit(7)"]
+    command = [sys.executable, "-c", code, "run", "--", *program]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    assert (ended.returncode, ended.stdout) == (7, "done\n")
+    expected = "penstock: not prefetching: ImportError: no click here\n" if "Import" in broken else ""
+    assert ended.stderr == expected
+
+
 def test_no_more_is_imported_than_the_program_can_wait_for() -> None:
     code = "import sys, penstock.cli.launch, penstock.linux.janitor, penstock.linux.tracefs; print(*sys.modules)"
     names = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True).stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 
@@ -14,6 +15,15 @@ def main() -> None:
         words = plain(sys.argv[2:])
         if words is not None:
             launched = launch(*words)
-    from penstock.cli.commands import penstock
+    try:
+        from penstock.cli.commands import penstock
 
-    penstock(obj=launched)
+        penstock(obj=launched)
+    except BaseException as error:
+        if launched is None:
+            raise
+        # `penstock run` does not come back. Whatever this is (an installation that lacks a module, a file of --report
+        # that has become a directory meanwhile), the program runs, and its end is ours.
+        if not isinstance(error, SystemExit):
+            sys.stderr.write(f"penstock: not prefetching: {type(error).__name__}: {error}\n")
+        os._exit(launched.wait())

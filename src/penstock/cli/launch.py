@@ -12,7 +12,7 @@ import sys
 import time
 
 from penstock.errors import UnsupportedError
-from penstock.linux.program import Program
+from penstock.linux.program import Program, exit_like
 from penstock.linux.scheduling import GiveWay
 
 TYPE_CHECKING = False  # typing's own takes 8 ms to import, and a program waits for this module
@@ -50,6 +50,10 @@ class Launched:
         self.environment = environment
         self.started_s = started_s
         self.give_way = GiveWay()
+
+    def wait(self) -> int:
+        """Wait for the program's end; returns the exit code that stands for it."""
+        return exit_like(self.program.wait())
 
 
 def launch(command: Sequence[str], observer: str) -> Launched:

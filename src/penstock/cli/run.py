@@ -13,7 +13,6 @@ import click
 from penstock.cli.launch import CACHE_MODES, OBSERVERS, Launched, fail, launch
 from penstock.cli.paths import fingerprint_directory, template_directory
 from penstock.errors import PenstockError
-from penstock.linux.program import exit_like
 from penstock.pagecache.policies import BUILT_IN, create_policy
 from penstock.units import parse_size
 
@@ -136,9 +135,8 @@ def run(
         session = None
         click.echo(f"penstock: not prefetching: {type(error).__name__}: {error}", err=True)
 
-    status = launched.program.wait()
+    exit_code = launched.wait()
     wall_s = time.monotonic() - launched.started_s
-    exit_code = exit_like(status)
     if session is not None:
         try:
             outcome = session.finish()
