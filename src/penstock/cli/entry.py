@@ -26,4 +26,5 @@ def main() -> None:
         # that has become a directory meanwhile), the program runs, and its end is ours.
         if not isinstance(error, SystemExit):
             sys.stderr.write(f"penstock: not prefetching: {type(error).__name__}: {error}\n")
+        launched.release()
         os._exit(launched.wait())

@@ -31,24 +31,37 @@ OBSERVERS = ("auto", "tracefs", "process")
 
 
 class Launched:
-    """A program that runs, and what follows it.
+    """A program that runs or waits for its release, and what follows it.
 
     Attributes:
         instance: the tracefs instance that has followed it from before its first instruction, or None.
         reason: why there is none; "" where none was to be expected.
         environment: what the program was given.
         started_s: time.monotonic() of its start.
-        give_way: the program starts, and what we import meanwhile may wait for it.
+        give_way: from then on; the program starts, and what we import meanwhile may wait for it.
     """
 
-    def __init__(
-        self, program: Program, instance: Instance | None, reason: str, environment: dict[str, str], started_s: float
-    ) -> None:
+    started_s: float
+    give_way: GiveWay
+
+    def __init__(self, program: Program, instance: Instance | None, reason: str, environment: dict[str, str]) -> None:
         self.program = program
         self.instance = instance
         self.reason = reason
         self.environment = environment
-        self.started_s = started_s
+        self._released = False
+
+    def release(self) -> None:
+        """Let the program run; a second time does nothing. Ends penstock, with a message, where it cannot."""
+        if self._released:
+            return
+        self._released = True
+        self.started_s = time.monotonic()
+        try:
+            self.program.release()
+        except OSError as error:
+            words = f"{self.program.command[0]}: {error.strerror}"
+            fail(words, _NOT_FOUND if error.errno == errno.ENOENT else _NOT_EXECUTABLE)
         self.give_way = GiveWay()
 
     def wait(self) -> int:
@@ -59,7 +72,8 @@ class Launched:
 def launch(command: Sequence[str], observer: str) -> Launched:
     """Start the command, followed through tracefs where that is possible and wanted.
 
-    Ends penstock, with a message, where the command cannot be started as asked for.
+    Where it is not, the program waits for its `Launched.release`: through /proc nothing is seen of it until we are
+    ready to look. Ends penstock, with a message, where the command cannot be started as asked for.
     """
     environment = dict(os.environ)
     program = Program(command)
@@ -70,12 +84,10 @@ def launch(command: Sequence[str], observer: str) -> Launched:
         program.abandon()
         fail(f"--observer tracefs: {reason}")
     program.forward_signals()
-    started_s = time.monotonic()
-    try:
-        program.release()
-    except OSError as error:
-        fail(f"{command[0]}: {error.strerror}", _NOT_FOUND if error.errno == errno.ENOENT else _NOT_EXECUTABLE)
-    return Launched(program, instance, reason, environment, started_s)
+    launched = Launched(program, instance, reason, environment)
+    if instance is not None:
+        launched.release()
+    return launched
 
 
 def _trace(pid: int, observer: str) -> tuple[Instance | None, str]:

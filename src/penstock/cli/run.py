@@ -104,6 +104,7 @@ def run(
         except PenstockError as error:
             fail(str(error))
         launched = launch(command, observer)
+    launched.release()
 
     session: Session | None = None
     try:
