@@ -81,11 +81,7 @@ def leftovers() -> set[str]:
     except UnsupportedError:
         return set()
     try:
-        instances = os.open("instances", os.O_RDONLY, dir_fd=tracefs.fd)
-        try:
-            return {name for name in os.listdir(instances) if name.startswith("penstock-")}
-        finally:
-            os.close(instances)
+        return {name for name in tracefs.instances() if name.startswith("penstock-")}
     finally:
         tracefs.close()
 
@@ -222,10 +218,13 @@ def test_a_signals_death_is_reported_as_shells_do() -> None:
     assert run("--", "sh", "-c", "kill -SEGV $$").returncode == 128 + signal.SIGSEGV
 
 
-def test_a_command_that_does_not_exist(tmp_path: Path) -> None:
-    ended = run("--", str(tmp_path / "nothing"))
+@pytest.mark.parametrize("observer", ["auto", "process"])
+def test_a_command_that_does_not_exist(tmp_path: Path, observer: str) -> None:
+    ended = run("--observer", observer, "--", str(tmp_path / "nothing"))
     assert ended.returncode == 127
-    assert "nothing: No such file or directory" in ended.stderr
+    assert ended.stderr == f"penstock: {tmp_path}/nothing: No such file or directory\n"
+    ended = run("--observer", observer, "--", str(tmp_path))
+    assert (ended.returncode, ended.stderr) == (126, f"penstock: {tmp_path}: Permission denied\n")
 
 
 def test_unknown_policy_is_refused_before_the_command_runs(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ def main() -> None:
 
         penstock(obj=launched)
     except BaseException as error:
-        if launched is None:
+        if launched is None or launched.failed:
             raise
         # `penstock run` does not come back. Whatever this is (an installation that lacks a module, a file of --report
         # that has become a directory meanwhile), the program runs, and its end is ours.

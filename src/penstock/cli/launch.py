@@ -38,6 +38,7 @@ class Launched:
         reason: why there is none; "" where none was to be expected.
         environment: what the program was given.
         started_s: time.monotonic() of its start.
+        failed: it could not be started.
         give_way: from then on; the program starts, and what we import meanwhile may wait for it.
     """
 
@@ -49,6 +50,7 @@ class Launched:
         self.instance = instance
         self.reason = reason
         self.environment = environment
+        self.failed = False
         self._released = False
 
     def release(self) -> None:
@@ -60,6 +62,7 @@ class Launched:
         try:
             self.program.release()
         except OSError as error:
+            self.failed = True
             words = f"{self.program.command[0]}: {error.strerror}"
             fail(words, _NOT_FOUND if error.errno == errno.ENOENT else _NOT_EXECUTABLE)
         self.give_way = GiveWay()
