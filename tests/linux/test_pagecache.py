@@ -326,6 +326,13 @@ class TestTouch:
         assert {1034, 1035, 1036} <= resident(fd)
         assert os.pread(sink, 1024, 0) == path.read_bytes()[1034 * PAGE_BYTES : 1037 * PAGE_BYTES : PAGE_BYTES]
 
+    def test_nothing_is_read_ahead(self, fd: int, sink: int) -> None:
+        pagecache.populate(fd, 0, 512 * PAGE_BYTES)  # marks its first page for those whose reading comes to it
+        with FileWindow(fd, 0, 512 * PAGE_BYTES) as window:
+            window.touch(sink)
+        time.sleep(0.1)
+        assert resident(fd) <= set(range(512))
+
     @pytest.mark.parametrize("left_bytes", [0, 100 * PAGE_BYTES, 1024 * PAGE_BYTES, 1500 * PAGE_BYTES + 1])
     def test_a_file_truncated_meanwhile(self, path: Path, left_bytes: int) -> None:
         # In a process of its own: what must not happen is a SIGBUS.

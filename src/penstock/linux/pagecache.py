@@ -260,17 +260,20 @@ def splice_fill(fd: int, start: int, stop: int) -> int:
 
 
 class FileWindow:
-    """A shared read-only mapping of ``[start, stop)`` of a file; start must be a multiple of the page size."""
+    """A shared read-only mapping of ``[start, stop)`` of a file; start must be a multiple of the page size.
+
+    Nothing is read ahead beyond it, neither when it is populated nor when it is touched: the first page of each unit
+    populated is marked to start a read-ahead. Whoever wants the neighbour will come to it, in units as large; the
+    kernel's read-ahead grows to read_ahead_kb, and with 8 MiB of that a mapping took 3.7 s where it takes 3.2 without.
+    """
 
     def __init__(self, fd: int, start: int, stop: int) -> None:
         self._length = stop - start
         self._address = _mmap(None, self._length, mmap.PROT_READ, mmap.MAP_SHARED, fd, start)
+        _madvise(self._address, self._length, mmap.MADV_RANDOM)
 
     def populate(self) -> None:
         """Read it into the cache in 2 MiB units without copying it; blocks until it is there.
-
-        Nothing is read ahead beyond it. A neighbour would come to that soon enough, in units as large; the kernel's
-        read-ahead grows to read_ahead_kb, and with 8 MiB of that a mapping took 3.7 s where it takes 3.2 without.
 
         Raises:
             OSError: EINVAL before Linux 5.14; EFAULT where the file ends before stop; EIO for a failed read.
@@ -280,7 +283,6 @@ class FileWindow:
         except OSError as error:
             if error.errno != errno.EINVAL:  # EINVAL: a kernel without transparent huge pages
                 raise
-        _madvise(self._address, self._length, mmap.MADV_RANDOM)
         while True:
             try:
                 _madvise(self._address, self._length, _MADV_POPULATE_READ)
