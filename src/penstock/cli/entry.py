@@ -14,7 +14,10 @@ def main() -> None:
 
         words = plain(sys.argv[2:])
         if words is not None:
-            launched = launch(*words)
+            command, observer, policy = words
+            launched = launch(command, observer)
+            if policy == "native":
+                launched.run_ahead()
     try:
         from penstock.cli.commands import penstock
 

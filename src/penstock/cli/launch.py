@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
     from penstock.linux.tracefs import Instance
 
+# A program starts on several CPUs at once (numpy's thread pool alone keeps one busy for 0.1 s). What we import is worth
+# 0.2 s of one; where nothing is to be prefetched, it comes after that.
+UNDISTURBED_S = 0.15
+
 OWN_FAILURE = 125  # penstock itself failed and the command did not run; as env, timeout and docker run count
 _NOT_FOUND, _NOT_EXECUTABLE = 127, 126
 
@@ -66,6 +70,11 @@ class Launched:
             words = f"{self.program.command[0]}: {error.strerror}"
             fail(words, _NOT_FOUND if error.errno == errno.ENOENT else _NOT_EXECUTABLE)
         self.give_way = GiveWay()
+
+    def run_ahead(self) -> None:
+        """Leave the program alone while it starts, if all that happens meanwhile is recorded anyway."""
+        if self.instance is not None:
+            self.program.wait_ended(UNDISTURBED_S)
 
     def wait(self) -> int:
         """Wait for the program's end; returns the exit code that stands for it."""
@@ -114,13 +123,13 @@ def fail(message: str, code: int = OWN_FAILURE) -> NoReturn:
     sys.exit(code)
 
 
-def plain(arguments: Sequence[str]) -> tuple[list[str], str] | None:
-    """The command and the observer in the arguments of `penstock run`, if those are right beyond doubt.
+def plain(arguments: Sequence[str]) -> tuple[list[str], str, str] | None:
+    """Command, observer and policy in the arguments of `penstock run`, if those are right beyond doubt.
 
     None leaves them to the real parser, whether they are wrong or only less plain: an unusual spelling, a policy of
     the user's own, which has to be imported first.
     """
-    observer = "auto"
+    observer, policy = "auto", "maio"
     index = 0
     while index < len(arguments):
         word = arguments[index]
@@ -137,9 +146,11 @@ def plain(arguments: Sequence[str]) -> tuple[list[str], str] | None:
             return None
         if word == "--observer":
             observer = value
+        elif word == "--policy":
+            policy = value
         index += 2
     command = list(arguments[index + (arguments[index : index + 1] == ["--"]) :])
-    return (command, observer) if command else None
+    return (command, observer, policy) if command else None
 
 
 def _is_size(value: str) -> bool:

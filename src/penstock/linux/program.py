@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
 
 TYPE_CHECKING = False  # typing's own takes 8 ms to import, and a program waits for this module
 if TYPE_CHECKING:
+    import signal
     from collections.abc import Sequence
     from types import FrameType
+else:
+    import _signal as signal  # what signal adds to it, enumerations, takes 3 ms
 
 # Sent to penstock alone (by an init system, an orchestrator): meant for the program. SIGINT, SIGQUIT and SIGTSTP
 # from a terminal reach the whole foreground group, the program with it; passing SIGINT on would send it twice.
@@ -70,8 +71,10 @@ class Program:
         """From now on, pass on the signals that are meant for the program."""
 
         def forward(number: int, _frame: FrameType | None) -> None:
-            with contextlib.suppress(ProcessLookupError):
+            try:
                 signal.pidfd_send_signal(self._pidfd, number)
+            except ProcessLookupError:
+                pass
 
         def leave_to_group(number: int, _frame: FrameType | None) -> None:
             if not _terminal_sends_signals():
@@ -81,6 +84,14 @@ class Program:
             signal.signal(number, forward)
         for number in _FROM_TERMINAL:
             signal.signal(number, leave_to_group)
+
+    def wait_ended(self, timeout_s: float) -> None:
+        """Wait for it to end, but no longer than that."""
+        import select
+
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        poll.poll(timeout_s * 1000)
 
     def wait(self) -> int:
         """Wait for it to end; returns its wait status."""

@@ -21,7 +21,6 @@ and header_event.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import struct
 from mmap import PAGESIZE
@@ -155,9 +154,11 @@ def remove_stale_instances(tracefs: TraceFs) -> list[str]:
         if not name.startswith(INSTANCE_PREFIX) or not maker.isdecimal() or not dash:
             continue
         if _start_time(int(maker)) != start_time:
-            with contextlib.suppress(OSError):  # someone else was quicker, or it is in use
+            try:
                 os.rmdir(f"instances/{name}", dir_fd=tracefs.fd)
                 removed.append(name)
+            except OSError:  # someone else was quicker, or it is in use
+                pass
     return removed
 
 
@@ -282,8 +283,10 @@ class Instance:
         """Stop recording and remove the instance."""
         self._close_rings()
         if self._tracefs.fd >= 0:
-            with contextlib.suppress(FileNotFoundError):
+            try:
                 os.rmdir(self._path, dir_fd=self._tracefs.fd)
+            except FileNotFoundError:
+                pass
         if self._owns_tracefs:
             self._tracefs.close()
 
