@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from penstock.cli.launch import CACHE_MODES, OBSERVERS, POLICIES, plain
+from penstock.cli.launch import CACHE_MODES, OBSERVERS, POLICIES, RunOptions, plain
 from penstock.cli.run import run
 from penstock.pagecache.policies import BUILT_IN
 from penstock.pagecache.runtime import CacheMode
@@ -56,8 +56,10 @@ def test_the_parser_agrees_with_what_is_plain(arguments: list[str]) -> None:
     if found is None:
         return
     context = run.make_context("run", list(arguments))
-    assert tuple(found[0]) == context.params["command"]
-    assert found[1:] == (context.params["observer"], context.params["policy_name"])
+    parsed = context.params | {"policy": context.params["policy_name"]}
+    assert {name: getattr(found, name) for name in RunOptions.__slots__} == {
+        name: parsed[name] for name in RunOptions.__slots__
+    }
 
 
 @pytest.mark.parametrize(
@@ -79,21 +81,24 @@ def test_the_rest_is_left_to_the_parser(arguments: list[str]) -> None:
 
 
 def test_what_is_usual_is_plain() -> None:
-    assert plain(["python", "serve.py", "--model", "m"]) == (["python", "serve.py", "--model", "m"], "auto", "maio")
-    assert plain(["--model", HERE, "--report", f"{HERE}/new.json", "--", "x"]) == (["x"], "auto", "maio")
-    assert plain(["--observer", "process", "--memory", "64GiB", "-q", "x"]) == (["x"], "process", "maio")
-    assert plain(["--policy", "native", "--cache", "burn", "x"]) == (["x"], "auto", "native")
+    for arguments in (
+        ["python", "serve.py", "--model", "m"],
+        ["--model", HERE, "--model", __file__, "--report", f"{HERE}/new.json", "--", "x"],
+        ["--observer", "process", "--memory", "64GiB", "--cache", "burn", "-q", "x"],
+        ["--policy", "native", "--service", "s", "--templates", "t", "--plot", "p.png", "x"],
+    ):
+        assert plain(arguments) is not None
 
 
-@pytest.mark.parametrize("broken", ["raise ImportError('no click here')", "raise SystemExit(2)"])
+@pytest.mark.parametrize("broken", ["raise ImportError('no such thing')", "raise SystemExit(2)"])
 def test_what_goes_wrong_afterwards_leaves_the_program_alone(tmp_path: Path, broken: str) -> None:
-    (tmp_path / "click.py").write_text(broken)
+    (tmp_path / "dataclasses.py").write_text(broken)
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from penstock.cli.entry import main; main()"
     program = [sys.executable, "-c", "print('done'); raise SystemExit(7)"]
     command = [sys.executable, "-c", code, "run", "--", *program]
     ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
     assert (ended.returncode, ended.stdout) == (7, "done\n")
-    expected = "penstock: not prefetching: ImportError: no click here\n" if "Import" in broken else ""
+    expected = "penstock: not prefetching: ImportError: no such thing\n" if "Import" in broken else ""
     assert ended.stderr == expected
 
 

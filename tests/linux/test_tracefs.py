@@ -193,6 +193,8 @@ class TestRecording:
             instance.start()
             reader.tell(f"read {files[0]} 0 {2 * PAGE}")
             reader.tell(f"read {files[0]} {10 * PAGE + 1} {10 * PAGE + 2}")
+            instance.collect()
+            instance.collect()  # nothing more; what was collected is kept
             found = reads_of(seen(instance), files[0])
             assert {pid for pid, _, _ in found} == {reader.pid}
             assert {page for _, first, last in found for page in range(first, last)} == {0, 1, 10}

@@ -176,6 +176,14 @@ class TestResidency:
             reader.read()
         assert ledger.resident_bytes() == SIZE_BYTES
 
+    def test_what_is_found_cached_needs_no_reading(self, ledger: Ledger, file: ModelFile) -> None:
+        record = ledger.record(file)
+        ledger.found_cached(record)
+        assert ledger.claim(record, 0, SIZE_BYTES) == []
+        assert ledger.present_bytes() == SIZE_BYTES
+        assert ledger.totals().waiting_bytes == 0
+        assert ledger.access(record, 0, SIZE_BYTES) == 0
+
     @pytest.mark.root
     def test_of_anothers_file_it_is_the_account(self, file: ModelFile, as_ordinary_user: list[str]) -> None:
         if not as_ordinary_user:

@@ -277,6 +277,55 @@ def test_without_an_observer_what_was_asked_for_first_is_still_prefetched(
     assert set(threading.enumerate()) <= before
 
 
+def test_where_nothing_is_urgent_the_program_is_left_alone_at_first(
+    files: ModelFiles, ledger: Ledger, reader: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime_module, "_PATIENT_S", 0.3)
+    collected: list[float] = []
+    observing: list[float] = []
+
+    def make_observer() -> Observer:
+        observing.append(time.monotonic())
+        return running._make_observer()
+
+    began = time.monotonic()
+    running = Running(
+        files,
+        ledger,
+        reader,
+        Told(),
+        make_observer=make_observer,
+        collect=lambda: collected.append(time.monotonic()),
+        sampling=True,
+    )
+    wait_until(lambda: bool(observing), "nobody ever observes")
+    assert observing[0] - began >= 0.29
+    assert collected
+    assert collected[-1] <= observing[0]
+    reader.read_to(SIZE_BYTES)
+    outcome = running.stop()
+    assert outcome.accessed_bytes == SIZE_BYTES
+    assert outcome.timeline[0].t_s < 0.2
+
+
+@pytest.mark.parametrize("ends_early", [True, False])
+def test_patience_ends_with_the_program_or_with_something_to_do(
+    files: ModelFiles,
+    file: ModelFile,
+    ledger: Ledger,
+    reader: Reader,
+    monkeypatch: pytest.MonkeyPatch,
+    ends_early: bool,
+) -> None:
+    monkeypatch.setattr(runtime_module, "_PATIENT_S", DEADLINE_S)
+    wanted = [] if ends_early else [Prefetch(file, 0, SIZE_BYTES)]
+    running = Running(files, ledger, reader, Told(wanted), collect=lambda: None)
+    if not ends_early:
+        wait_until(lambda: running.runtime._observer is not None, "it waits although it is needed")
+    running.stop()
+    assert running.runtime._observer is not None
+
+
 class Raises(Policy):
     def prefetch(self, access: Access | None) -> Sequence[Prefetch]:
         if access is not None:

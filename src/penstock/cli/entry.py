@@ -5,28 +5,36 @@ from __future__ import annotations
 import os
 import sys
 
+TYPE_CHECKING = False  # typing's own takes 8 ms to import, and a program waits for this module
+if TYPE_CHECKING:
+    from typing import NoReturn
+
+    from penstock.cli.launch import Launched
+
 
 def main() -> None:
     """Run the command line in ``sys.argv``."""
-    launched = None
     if sys.argv[1:2] == ["run"]:
         from penstock.cli.launch import launch, plain
 
-        words = plain(sys.argv[2:])
-        if words is not None:
-            command, observer, policy = words
-            launched = launch(command, observer)
-            if policy == "native":
-                launched.run_ahead()
-    try:
-        from penstock.cli.commands import penstock
+        options = plain(sys.argv[2:])
+        if options is not None:
+            _supervise(launch(options))
+    from penstock.cli.commands import penstock
 
-        penstock(obj=launched)
+    penstock()
+
+
+def _supervise(launched: Launched) -> NoReturn:
+    try:
+        from penstock.cli.supervise import supervise
+
+        supervise(launched)
     except BaseException as error:
-        if launched is None or launched.failed:
+        if launched.failed:
             raise
-        # `penstock run` does not come back. Whatever this is (an installation that lacks a module, a file of --report
-        # that has become a directory meanwhile), the program runs, and its end is ours.
+        # Whatever this is (an installation that lacks a module, or is being replaced), the program
+        # runs, and its end is ours.
         if not isinstance(error, SystemExit):
             sys.stderr.write(f"penstock: not prefetching: {type(error).__name__}: {error}\n")
         launched.release()

@@ -18,7 +18,7 @@ from penstock.linux.scheduling import GiveWay
 TYPE_CHECKING = False  # typing's own takes 8 ms to import, and a program waits for this module
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from typing import NoReturn
+    from typing import Any, NoReturn
 
     from penstock.linux.tracefs import Instance
 
@@ -38,6 +38,7 @@ class Launched:
     """A program that runs or waits for its release, and what follows it.
 
     Attributes:
+        options: what was asked for.
         instance: the tracefs instance that has followed it from before its first instruction, or None.
         reason: why there is none; "" where none was to be expected.
         environment: what the program was given.
@@ -49,7 +50,15 @@ class Launched:
     started_s: float
     give_way: GiveWay
 
-    def __init__(self, program: Program, instance: Instance | None, reason: str, environment: dict[str, str]) -> None:
+    def __init__(
+        self,
+        options: RunOptions,
+        program: Program,
+        instance: Instance | None,
+        reason: str,
+        environment: dict[str, str],
+    ) -> None:
+        self.options = options
         self.program = program
         self.instance = instance
         self.reason = reason
@@ -81,22 +90,67 @@ class Launched:
         return exit_like(self.program.wait())
 
 
-def launch(command: Sequence[str], observer: str) -> Launched:
+class RunOptions:
+    """What `penstock run` was asked to do, as it was written: see its help."""
+
+    __slots__ = (
+        "cache",
+        "command",
+        "memory",
+        "models",
+        "observer",
+        "plot",
+        "policy",
+        "quiet",
+        "report",
+        "service",
+        "templates",
+    )
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        service: str | None = None,
+        policy: str = "maio",
+        models: Sequence[str] = (),
+        memory: str = "auto",
+        cache: str = "auto",
+        observer: str = "auto",
+        templates: str | None = None,
+        report: str | None = None,
+        plot: str | None = None,
+        quiet: bool = False,
+    ) -> None:
+        self.command = tuple(command)
+        self.service = service
+        self.policy = policy
+        self.models = tuple(models)
+        self.memory = memory
+        self.cache = cache
+        self.observer = observer
+        self.templates = templates
+        self.report = report
+        self.plot = plot
+        self.quiet = quiet
+
+
+def launch(options: RunOptions) -> Launched:
     """Start the command, followed through tracefs where that is possible and wanted.
 
     Where it is not, the program waits for its `Launched.release`: through /proc nothing is seen of it until we are
     ready to look. Ends penstock, with a message, where the command cannot be started as asked for.
     """
     environment = dict(os.environ)
-    program = Program(command)
+    program = Program(options.command)
     # For our own copy of numpy: its thread pool would only take memory.
     os.environ["OPENBLAS_NUM_THREADS"] = "1"
-    instance, reason = _trace(program.pid, observer)
-    if instance is None and observer == "tracefs":
+    instance, reason = _trace(program.pid, options.observer)
+    if instance is None and options.observer == "tracefs":
         program.abandon()
         fail(f"--observer tracefs: {reason}")
     program.forward_signals()
-    launched = Launched(program, instance, reason, environment)
+    launched = Launched(options, program, instance, reason, environment)
     if instance is not None:
         launched.release()
     return launched
@@ -123,19 +177,20 @@ def fail(message: str, code: int = OWN_FAILURE) -> NoReturn:
     sys.exit(code)
 
 
-def plain(arguments: Sequence[str]) -> tuple[list[str], str, str] | None:
-    """Command, observer and policy in the arguments of `penstock run`, if those are right beyond doubt.
+def plain(arguments: Sequence[str]) -> RunOptions | None:
+    """The arguments of `penstock run`, if they are right beyond doubt.
 
     None leaves them to the real parser, whether they are wrong or only less plain: an unusual spelling, a policy of
     the user's own, which has to be imported first.
     """
-    observer, policy = "auto", "maio"
+    values: dict[str, Any] = {"models": []}
     index = 0
     while index < len(arguments):
         word = arguments[index]
         if word == "--" or not word.startswith("-"):
             break
         if word in _FLAGS:
+            values["quiet"] = True
             index += 1
             continue
         is_valid = _OPTIONS.get(word)
@@ -144,13 +199,13 @@ def plain(arguments: Sequence[str]) -> tuple[list[str], str, str] | None:
         value = arguments[index + 1]
         if value.startswith("-") or not is_valid(value):
             return None
-        if word == "--observer":
-            observer = value
-        elif word == "--policy":
-            policy = value
+        if word == "--model":
+            values["models"].append(value)
+        else:
+            values[word[2:]] = value
         index += 2
-    command = list(arguments[index + (arguments[index : index + 1] == ["--"]) :])
-    return (command, observer, policy) if command else None
+    command = arguments[index + (arguments[index : index + 1] == ["--"]) :]
+    return RunOptions(command, **values) if command else None
 
 
 def _is_size(value: str) -> bool:

@@ -10,7 +10,6 @@ import ctypes
 import enum
 import errno
 import os
-import platform
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from penstock.linux.libc import syscall
 
 _ROOT = Path("/")
 _MAX_NODES = 1024  # MAX_NUMNODES of the largest kernel configuration
-_SET_MEMPOLICY, _GET_MEMPOLICY = (238, 239) if platform.machine() == "x86_64" else (237, 236)
+_SET_MEMPOLICY, _GET_MEMPOLICY = (238, 239) if os.uname().machine == "x86_64" else (237, 236)
 _MODE_MASK = 0xFFF  # above it are MPOL_F_* flags
 
 

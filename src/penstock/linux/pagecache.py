@@ -24,7 +24,6 @@ import enum
 import errno
 import mmap
 import os
-import random
 import stat
 import weakref
 from array import array
@@ -172,7 +171,6 @@ class FileResidency:
     def __init__(self, fd: int, sample_bytes: int = 1 << 20) -> None:
         self._fd = fd
         self._sample_bytes = sample_bytes
-        self._random = random.Random()  # noqa: S311 (keeps no secret)
         self.method = self._choose()
 
     @property
@@ -214,9 +212,11 @@ class FileResidency:
 
     def _sampled_bytes(self, start: int, stop: int) -> int:
         """One random page of each stride stands for it: the one asked for last time has been read in since."""
+        import random
+
         stride = min(self._sample_bytes, max(PAGE_BYTES, (stop - start) // 4))
         strides = [(low, min(low + stride, stop)) for low in range(start, stop, stride)]
-        offsets = [self._random.randrange(low, high) for low, high in strides]
+        offsets = [random.randrange(low, high) for low, high in strides]  # noqa: S311 (keeps no secret)
         resident = is_resident_nowait(self._fd, offsets)
         return sum(high - low for (low, high), cached in zip(strides, resident, strict=True) if cached)
 

@@ -192,6 +192,7 @@ class Instance:
         self._rings: list[int] = []
         self.missed_pages = 0  # ring-buffer pages that were overwritten before they were read
         self._formats: list[Format] = []
+        self._collected: list[Page] = []
         missing = set(events) - set(tracefs.available_events(events))
         if missing:
             raise UnsupportedError(f"this kernel lacks page-cache tracepoints: {', '.join(sorted(missing))}")
@@ -257,7 +258,13 @@ class Instance:
 
     def read_pages(self) -> list[Page]:
         """The ring-buffer pages of all CPUs that were written since the last call: see `ringbuffer`."""
-        return list(self._pages())
+        self.collect()
+        pages, self._collected = self._collected, []
+        return pages
+
+    def collect(self) -> None:
+        """Make room in the rings; what was in them is in the next `read_pages`."""
+        self._collected += self._pages()
 
     def _pages(self) -> Iterator[Page]:
         for ring in self._rings:

@@ -82,6 +82,11 @@ class Ledger:
             self._accessed_bytes += record.accessed.add(start, stop)
             return missed
 
+    def found_cached(self, record: FileRecord) -> None:
+        """All of a file is in the page cache, from before."""
+        with self._lock:
+            record.present.add(0, record.file.size_bytes)
+
     def claim(self, record: FileRecord, start: int, stop: int) -> list[tuple[int, int]]:
         """Parts of a range that are not cached yet; they count as present and waiting from now on."""
         with self._lock:

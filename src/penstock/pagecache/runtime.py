@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # they import numpy: 0.1 s, in which the loader reads already
 _POLL_S = 0.012
 _CALM_POLL_S = 0.04  # while there is nothing to be done, and nothing is lost: a poll costs the program, too
 _CALM_S = 0.25  # since anything was read in, waited for, or asked for by the policy
+_PATIENT_S = 0.3  # from the program's start, where nothing is urgent: by then it has imported what it needs
 _IDLE_POLL_S = 0.1  # once nothing was read for _IDLE_S
 _IDLE_S = 20.0
 _QUIET_S = 5.0
@@ -76,6 +77,8 @@ class Runtime:
         make_observer: returns one that is started; called once, when the first prefetch is under way.
         model_bytes: what the program will read, as far as known: it decides whether memory is ample.
         cached_bytes: of it, in the page cache now, whoever is charged for them.
+        collect: given where nothing is urgent, as all of the model is cached or nothing is to be prefetched: called
+            for a while, before there is an observer, to keep for it what the kernel records.
         sampling: keep a timeline.
         clock_start_s: time.monotonic() of the program's start.
         on_quiet: called each time that reading has stopped for a while: a service reads once and then serves for
@@ -95,6 +98,7 @@ class Runtime:
         model_bytes: Callable[[], int] = lambda: 0,
         cached_bytes: Callable[[], int] = lambda: 0,
         node_of_worker: Callable[[int], int | None] = lambda _: None,
+        collect: Callable[[], None] | None = None,
         sampling: bool = False,
         clock_start_s: float | None = None,
         on_quiet: Callable[[], None] = lambda: None,
@@ -112,7 +116,9 @@ class Runtime:
         self._cached_bytes = cached_bytes
         self._charged_elsewhere_bytes = 0
         self._next_charged_elsewhere_s = 0.0
+        self._collect = collect
         self._sampling = sampling
+        self._next_sample_s = 0.0
         self._on_quiet = on_quiet
         self._pids = pids
         self._began_s = time.monotonic() if clock_start_s is None else clock_start_s
@@ -173,14 +179,28 @@ class Runtime:
     def _run(self) -> None:
         try:
             self._submit(self._ask("prefetch", partial(_prefetch, None)))
+            if self._collect is not None:
+                self._wait_patiently(self._collect)
             self._observer = self._make_observer()
             self._loop(self._observer)
         except Exception as error:  # noqa: BLE001 — the program must not notice
             self._warnings.append(f"penstock stopped prefetching: {type(error).__name__}: {error}")
             self._loader.submit(())
 
+    def _wait_patiently(self, collect: Callable[[], None]) -> None:
+        """Leave the CPUs to a program that needs nothing of us while it starts."""
+        self._asked_s = 0.0
+        while self._loader.idle and not self._stopping.is_set():
+            now = time.monotonic()
+            left_s = self._began_s + _PATIENT_S - now
+            if left_s <= 0:
+                break
+            collect()
+            self._sample_in_time(now)
+            self._stopping.wait(min(left_s, _CALM_POLL_S))
+
     def _loop(self, observer: Observer) -> None:
-        next_govern = next_sample = 0.0
+        next_govern = 0.0
         told_quiet = False
         while True:
             ending = self._stopping.is_set()
@@ -192,9 +212,7 @@ class Runtime:
             if now >= next_govern or ending:
                 next_govern = now + _GOVERN_S
                 self._govern()
-            if self._sampling and (now >= next_sample or ending):
-                next_sample = now + _SAMPLE_S
-                self._sample(now)
+            self._sample_in_time(now, is_last=ending)
             if ending:
                 break
             quiet_s = now - self._began_s - (self._last_access_s or 0.0)
@@ -282,7 +300,10 @@ class Runtime:
             self._charged_elsewhere_bytes = max(0, self._cached_bytes() - budget.charged_bytes)
         return model_bytes - self._charged_elsewhere_bytes > budget.bytes
 
-    def _sample(self, now: float) -> None:
+    def _sample_in_time(self, now: float, *, is_last: bool = False) -> None:
+        if not self._sampling or (now < self._next_sample_s and not is_last):
+            return
+        self._next_sample_s = now + _SAMPLE_S
         resident = self._residency.read(now)
         accessed = self._ledger.totals().accessed_bytes
         self._timeline.append(Sample(now - self._began_s, self._devices.read_bytes(), accessed, resident))

@@ -96,6 +96,7 @@ class Session:
             cache=options.cache,
             model_bytes=self.model_bytes,
             cached_bytes=self._cached_bytes,
+            collect=instance.collect if instance is not None and self._nothing_is_urgent() else None,
             node_of_worker=self._node_finder(),
             sampling=options.sampling,
             clock_start_s=started_s,
@@ -162,6 +163,22 @@ class Session:
                 residency = self._ledger.record(file).residency
                 total += residency.resident_bytes(0, file.size_bytes) if residency.exact else 0
         return total
+
+    def _nothing_is_urgent(self) -> bool:
+        """Nothing is to be prefetched: only to be observed, or all of it is cached."""
+        if self.mode != "replay":
+            return self.mode == "observe"
+        return all(self._is_found_cached(file) for file in self._files_to_be_read())
+
+    def _is_found_cached(self, file: ModelFile) -> bool:
+        try:
+            record = self._ledger.record(file)
+            if not record.residency.exact or record.residency.resident_bytes(0, file.size_bytes) < file.size_bytes:
+                return False
+        except OSError:
+            return False
+        self._ledger.found_cached(record)
+        return True
 
     def _load_template(self) -> Template | None:
         """The service's template, if it is whole and its files are the recorded ones."""

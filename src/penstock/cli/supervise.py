@@ -1,0 +1,154 @@
+"""From the start of a program under `penstock run` to its end: what that takes is imported beside it."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from penstock.cli.launch import Launched, RunOptions, fail
+
+if TYPE_CHECKING:
+    from typing import NoReturn
+
+    from penstock.pagecache.base import Policy
+    from penstock.pagecache.runtime import Outcome
+    from penstock.pagecache.session import Session
+
+
+def own_policy(options: RunOptions) -> Policy | None:
+    """A policy of the user's own, made before the program is started: ends penstock, with a message, if it cannot be.
+
+    None for one that comes with penstock.
+    """
+    from penstock.errors import PenstockError
+    from penstock.pagecache.policies import BUILT_IN, create_policy
+
+    try:
+        return None if options.policy in BUILT_IN else create_policy(options.policy)
+    except PenstockError as error:
+        fail(str(error))
+
+
+def supervise(launched: Launched, policy: Policy | None = None) -> NoReturn:
+    """Prefetch for the program that was launched, wait for it, and end as it ended.
+
+    Args:
+        launched: the program; released here if it was not yet.
+        policy: one of the user's own; None for the built-in one that the options name.
+    """
+    session: Session | None = None
+    try:
+        session = _begin(launched, policy)
+    except Exception as error:  # noqa: BLE001 — whatever it is, the program goes on without us
+        _say(f"not prefetching: {type(error).__name__}: {error}")
+    launched.release()
+    exit_code = launched.wait()
+    wall_s = time.monotonic() - launched.started_s
+    if session is not None:
+        try:
+            _tell(launched.options, session, session.finish(), exit_code, wall_s)
+        except Exception as error:  # noqa: BLE001 — the exit status is the program's
+            _say(f"no report: {type(error).__name__}: {error}")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)  # a policy that never returns may still hold a thread
+
+
+def _begin(launched: Launched, policy: Policy | None) -> Session:
+    options = launched.options
+    if options.policy == "native":
+        launched.run_ahead()
+    gc.disable()  # a seventh of the time to import; there is no garbage in it
+    try:
+        from pathlib import Path
+
+        from penstock.cli.paths import fingerprint_directory, template_directory
+        from penstock.pagecache.files import models_in_command
+        from penstock.pagecache.policies import create_policy
+        from penstock.pagecache.runtime import CacheMode
+        from penstock.pagecache.session import Session, SessionOptions
+        from penstock.units import parse_size
+
+        policy = policy or create_policy(options.policy)
+    finally:
+        gc.enable()
+    launched.release()
+    launched.give_way.end()
+    session = Session(
+        SessionOptions(
+            command=options.command,
+            service=options.service,
+            models=tuple(map(Path, options.models)) or tuple(models_in_command(options.command)),
+            models_are_all=bool(options.models),
+            memory_bytes=None if options.memory == "auto" else parse_size(options.memory),
+            cache=CacheMode(options.cache),
+            templates=template_directory(options.templates),
+            fingerprints=fingerprint_directory(),
+            sampling=options.report is not None or options.plot is not None,
+        ),
+        policy,
+        launched.program.pid,
+        launched.instance,
+        launched.environment,
+        launched.started_s,
+    )
+    if launched.reason and options.observer == "auto":
+        session.warnings.append(f"observing through /proc, because tracefs is not usable: {launched.reason}")
+    session.begin()
+    import penstock.report.report  # noqa: F401 — now, not when the program has ended and someone waits for us
+
+    return session
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"penstock: {text}\n")
+
+
+def _tell(options: RunOptions, session: Session, outcome: Outcome, exit_code: int, wall_s: float) -> None:
+    from pathlib import Path
+
+    from penstock.report.report import Report, summary_lines
+
+    report = Report(
+        service=session.service,
+        mode=session.mode,
+        policy=options.policy,
+        observer=session.observer,
+        exit_code=exit_code,
+        wall_s=wall_s,
+        first_access_s=outcome.first_access_s,
+        last_access_s=outcome.last_access_s,
+        bytes_accessed=outcome.accessed_bytes,
+        bytes_prefetched=outcome.prefetched_bytes,
+        bytes_prefetched_unused=outcome.prefetched_unused_bytes,
+        bytes_evicted=outcome.evicted_bytes,
+        bytes_device_read=outcome.device_read_bytes,
+        peak_resident_bytes=outcome.peak_resident_bytes,
+        warnings=tuple(session.warnings),
+        timeline=outcome.timeline,
+        command=options.command,
+        model_bytes=session.final_model_bytes,
+        loader_method=outcome.loader_method,
+        memory_source=outcome.budget.source,
+        budget_bytes=outcome.budget.bytes,
+    )
+    if not options.quiet or session.warnings:
+        for line in summary_lines(report):
+            sys.stderr.write(f"{line}\n")
+    if options.report is not None:
+        report.save(Path(options.report))
+    if options.plot is not None:
+        from penstock.report.plot import label, plot
+
+        plot([(label(report), report)], Path(options.plot), _device_limit(session))
+
+
+def _device_limit(session: Session) -> float | None:
+    """Bytes a second that the device gives without the page cache, measured on the largest model file."""
+    from penstock.storage.probe import measure_read_bandwidth
+
+    largest = max(session.files, key=lambda file: file.size_bytes, default=None)
+    return measure_read_bandwidth(largest.path) if largest else None
