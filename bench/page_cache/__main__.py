@@ -23,18 +23,18 @@ import click
 from rich.console import Console
 
 import penstock
+from bench.errors import BenchError, RunError
+from bench.machine import describe
+from bench.memory import Ballast
 from bench.page_cache.arms import ARMS, CLIENTS, Key
 from bench.page_cache.direct import bandwidth, fio_bandwidth
-from bench.page_cache.errors import BenchError, RunError
 from bench.page_cache.limit import may_limit
-from bench.page_cache.machine import describe
-from bench.page_cache.memory import Ballast
 from bench.page_cache.model import generate
-from bench.page_cache.readahead import ReadAhead
 from bench.page_cache.results import Results
 from bench.page_cache.run import Run, Runner
 from bench.page_cache.suites import SUITES, Suite, chosen, estimate_s, quick, without
 from bench.page_cache.table import print_machine, print_setting, print_verdicts
+from bench.readahead import ReadAhead
 from penstock.units import MiB, format_size, parse_size
 
 _DEFAULT_ARMS = "native,first,maio,resident"

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from bench.page_cache.errors import BenchError
+from bench.errors import BenchError
 from penstock.linux.libc import function
 
 _CLONE_NEWNS = 0x0002_0000

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
 
-from bench.page_cache.errors import BenchError
+from bench.errors import BenchError
 from penstock.storage.buffers import huge_buffer
 from penstock.units import MiB
 

@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.page_cache.errors import BenchError
+from bench.errors import BenchError
 
 
 @dataclass(frozen=True, slots=True)

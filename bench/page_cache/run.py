@@ -16,13 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench.errors import BenchError, RunError
+from bench.memory import Ballast, resident_share
 from bench.page_cache.account import Account, check_files
 from bench.page_cache.arms import ARMS, Key
-from bench.page_cache.errors import BenchError, RunError
 from bench.page_cache.limit import LimitUse, MemoryLimit
-from bench.page_cache.memory import Ballast, resident_share
 from bench.page_cache.model import Contents, Model, expected
-from bench.page_cache.readahead import ReadAhead
+from bench.readahead import ReadAhead
 from penstock.errors import UnsupportedError
 from penstock.linux.tracefs import TraceFs
 from penstock.units import MiB

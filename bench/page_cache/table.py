@@ -8,8 +8,8 @@ from statistics import median
 from rich.console import Console
 from rich.table import Table
 
+from bench.machine import Machine
 from bench.page_cache.arms import ARMS, Key, Setting
-from bench.page_cache.machine import Machine
 from bench.page_cache.results import Results, Verdict
 from bench.page_cache.run import Run
 from penstock.units import format_size

@@ -10,6 +10,7 @@
     │   └── TemplateStaleError      the model's files are not the recorded ones
     ├── PolicyError             a policy raised, returned nonsense or could not be imported
     ├── ObserverError           an observer could not start or lost its source
+    ├── RegionError             a region is damaged, another's, in use, or would destroy something
     └── ReportError             a run's report is damaged or of another version
 
 Messages name the path, the offset where there is one, what was wanted, what was found and what to do.
@@ -49,6 +50,10 @@ class PolicyError(PenstockError):
 
 class ObserverError(PenstockError):
     """An observer could not be started, or lost what it observes."""
+
+
+class RegionError(PenstockError):
+    """A region is damaged, belongs to someone else, is in use, or making it would destroy something."""
 
 
 class ReportError(PenstockError):

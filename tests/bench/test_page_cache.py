@@ -11,12 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
+from bench.memory import Ballast, resident_share
 from bench.page_cache.arms import ARMS, CLIENTS, Key, Setting
-from bench.page_cache.memory import Ballast, resident_share
-from bench.page_cache.readahead import block_device
 from bench.page_cache.results import Results
 from bench.page_cache.run import Run
 from bench.page_cache.suites import SUITES, Bar, quick
+from bench.readahead import block_device
 
 from penstock.units import GiB, MiB
 

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
-from bench.page_cache.errors import BenchError, RunError
+from bench.errors import BenchError, RunError
 from penstock.linux.pagecache import FileResidency, drop, populate
 from penstock.units import GiB, MiB, format_size
 
@@ -30,7 +30,9 @@ _KEEPER_INTERVAL_S = 0.005
 _SETTLE_S = 2.0
 _TOLERATED_BYTES = 768 * MiB  # kswapd was seen to keep up to 0.6 GiB more than usual
 _SETTLED_BYTES = 1 * GiB  # less makes no difference that can be measured
-_BALLAST_FILE_BYTES = 8 << 40  # no offset is ever read twice: that would make its pages young
+# No offset is read again before the kernel has forgotten it: that would make its pages young. Where kswapd frees what
+# is held, 40 arms of 3 rounds came to the end of 8 TiB.
+_BALLAST_FILE_BYTES = 8 << 40
 
 
 def meminfo(name: str) -> int:
@@ -115,7 +117,7 @@ class Ballast:
     def _hold(self, _: int) -> None:
         with self._lock:
             start = self._next_start
-            self._next_start += STEP_BYTES
+            self._next_start = (start + STEP_BYTES) % _BALLAST_FILE_BYTES
         populate(self._fd, start, start + STEP_BYTES)
         with self._lock:
             self._held.append(start)

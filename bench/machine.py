@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from bench.page_cache.memory import meminfo
-from bench.page_cache.readahead import block_device
+from bench.memory import meminfo
+from bench.readahead import block_device
 from penstock.units import format_size
 
 

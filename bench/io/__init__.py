@@ -1,0 +1,15 @@
+"""How fast penstock's engines move bytes, beside fio and a plain loop: ``python -m bench.io``.
+
+Shapes are random 4 KiB with 64 in flight, 128 KiB with 32, 1 MiB with 16 and 4 MiB with 8, each read and written,
+direct, in one file that holds each block's own number in every 4 KiB. Arms:
+
+- ``fio``: io_uring with registered files and buffers, one process: the limit that C reaches.
+- ``uring``, ``threads``: penstock's engines, a quarter of the depth taken from the completions and submitted anew at a
+  time.
+- ``plain``: one thread, one ``preadv`` or ``pwritev`` after another.
+
+The arms take turns in every round, and figures are medians over rounds; ratios are medians of the ratios within
+rounds. What is read is compared with the numbers it must hold: in each arm all blocks of the last requests, and once
+before, over the whole file. What is written is read back through the page cache. CPU seconds are the process's own,
+user and system; what a kernel thread does for it is in neither arm's.
+"""

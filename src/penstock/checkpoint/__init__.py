@@ -1,0 +1,1 @@
+"""Model files: what is in them, and getting it into memory past the page cache."""

@@ -1,0 +1,100 @@
+"""What a checkpoint consists of, whatever its format: files, and tensors that lie in them."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import TypeAlias
+
+from penstock.errors import CheckpointError
+
+# Bits of one element, by the names that safetensors uses.
+DTYPE_BITS: Mapping[str, int] = {
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+    "BOOL": 8, "U8": 8, "I8": 8,
+    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
+    "U32": 32, "I32": 32, "F32": 32,
+    "U64": 64, "I64": 64, "F64": 64, "C64": 64,
+}  # fmt: skip
+
+Shape: TypeAlias = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where a tensor's elements lie: in row-major order, little-endian, without gaps."""
+
+    name: str
+    dtype: str  # of DTYPE_BITS
+    shape: Shape
+    path: str
+    start: int  # in the file, bytes
+    stop: int
+
+    @property
+    def size_bytes(self) -> int:
+        """Of its elements."""
+        return self.stop - self.start
+
+    @property
+    def elements(self) -> int:
+        """How many there are: 1 of a scalar."""
+        return prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class FileIdentity:
+    """A file as it was when it was opened, to see whether it is still that."""
+
+    path: str
+    size_bytes: int
+    device: int
+    inode: int
+    changed_ns: int  # of its contents, as the file system counts
+
+    def check(self, fd: int) -> None:
+        """Compare with the file behind a descriptor.
+
+        Raises:
+            CheckpointError: it is another one by now, or was changed.
+        """
+        now = identity(self.path, os.fstat(fd))
+        if now != self:
+            if now.size_bytes != self.size_bytes:
+                what = f"had {self.size_bytes} bytes when its header was read, and has {now.size_bytes} now"
+            elif (now.device, now.inode) != (self.device, self.inode):
+                what = "was replaced by another file after its header was read"
+            else:
+                what = "was written to after its header was read"
+            raise CheckpointError(f"{self.path}: {what}; load it again once it is whole")
+
+
+def identity(path: str, status: os.stat_result) -> FileIdentity:
+    """A file as `os.fstat` sees it."""
+    return FileIdentity(path, status.st_size, status.st_dev, status.st_ino, status.st_mtime_ns)
+
+
+def open_regular(path: str | os.PathLike[str], flags: int = os.O_RDONLY) -> int:
+    """A descriptor of a regular file. Never waits, as opening a FIFO would.
+
+    Raises:
+        CheckpointError: it is something else, is not there or may not be read.
+        OSError: EINVAL where O_DIRECT is among the flags and refused.
+    """
+    try:
+        fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
+            raise CheckpointError(f"{os.fspath(path)}: cannot be opened: {error.strerror}") from error
+        raise
+    mode = os.fstat(fd).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(fd)
+        kind = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+        what = kind.get(stat.S_IFMT(mode), "a device")
+        raise CheckpointError(f"{os.fspath(path)}: is {what}, not a file")
+    return fd

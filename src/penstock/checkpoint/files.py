@@ -1,0 +1,126 @@
+"""A checkpoint on disk: one safetensors file, or several with or without an index."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from penstock.checkpoint.base import TensorInfo, open_regular
+from penstock.checkpoint.safetensors import Header, read_header
+from penstock.errors import CheckpointError
+
+INDEX_SUFFIX = ".safetensors.index.json"
+_LARGEST_INDEX_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """The headers of all files.
+
+    Attributes:
+        path: as it was asked for.
+        headers: by file, in the order in which the files are named.
+        tensors: of all files, by name; those that the index does not name as well.
+        index: the file that says which tensor lies in which shard; None where there is none.
+    """
+
+    path: Path
+    headers: tuple[Header, ...]
+    tensors: Mapping[str, TensorInfo]
+    index: Path | None
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all tensors."""
+        return sum(tensor.size_bytes for tensor in self.tensors.values())
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Read the headers of a checkpoint.
+
+    Args:
+        path: a safetensors file, an index, or a directory with either. A directory with several safetensors files and
+            no index is all of them.
+
+    Raises:
+        CheckpointError: there is no checkpoint, it is damaged, or its shards and its index differ.
+        OSError: it cannot be read.
+    """
+    path = Path(path)
+    if path.is_dir():
+        index, files = _in_directory(path)
+    elif path.name.endswith(INDEX_SUFFIX):
+        index, files = path, []
+    else:
+        index, files = None, [path]
+    located: dict[str, str] | None = None
+    if index is not None:
+        located = read_index(index)
+        files = [index.parent / name for name in sorted(set(located.values()))]
+        for file in files:
+            if not file.exists():
+                raise CheckpointError(f"{index}: names {file.name}, which is not there")
+    headers = tuple(read_header(file) for file in files)
+    tensors: dict[str, TensorInfo] = {}
+    for header in headers:
+        for tensor in header.tensors:
+            twin = tensors.setdefault(tensor.name, tensor)
+            if twin is not tensor:
+                raise CheckpointError(f"{tensor.path}: tensor {tensor.name!r} is in {twin.path} as well")
+    if index is not None and located is not None:
+        _compare(index, located, tensors)
+    return Checkpoint(path, headers, tensors, index)
+
+
+def _in_directory(path: Path) -> tuple[Path | None, list[Path]]:
+    names = sorted(entry.name for entry in path.iterdir())
+    indices = [name for name in names if name.endswith(INDEX_SUFFIX)]
+    if f"model{INDEX_SUFFIX}" in indices:
+        indices = [f"model{INDEX_SUFFIX}"]
+    if len(indices) > 1:
+        raise CheckpointError(f"{path}: has several indices, {', '.join(indices)}: name the one to be used")
+    files = [path / name for name in names if name.endswith(".safetensors")]
+    if indices:
+        return path / indices[0], []
+    if path / "model.safetensors" in files:
+        return None, [path / "model.safetensors"]
+    if not files:
+        raise CheckpointError(f"{path}: no *.safetensors file is there")
+    return None, files
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Which file each tensor lies in.
+
+    Raises:
+        CheckpointError: it is no index, or names files outside its directory.
+    """
+    fd = open_regular(path)
+    with open(fd, "rb") as file:
+        data = file.read(_LARGEST_INDEX_BYTES + 1)
+    if len(data) > _LARGEST_INDEX_BYTES:
+        raise CheckpointError(f"{path}: an index of more than {_LARGEST_INDEX_BYTES} bytes is none")
+    try:
+        content = json.loads(data.decode())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is not JSON: {error}") from error
+    located = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(located, dict) or not all(isinstance(name, str) for name in located.values()):
+        raise CheckpointError(f"{path}: has no weight_map of tensors to files")
+    for name in set(located.values()):
+        parts = PurePosixPath(name)
+        if parts.is_absolute() or ".." in parts.parts or "\0" in name or not parts.parts:
+            raise CheckpointError(f"{path}: names {name!r}, which is not a file below it")
+    return located
+
+
+def _compare(index: Path, located: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> None:
+    for name, file in located.items():
+        tensor = tensors.get(name)
+        if tensor is None:
+            raise CheckpointError(f"{index}: tensor {name!r} is said to be in {file}, and is in no file")
+        if Path(tensor.path) != index.parent / file:
+            raise CheckpointError(f"{index}: tensor {name!r} is said to be in {file}, and is in {tensor.path}")

@@ -1,0 +1,132 @@
+"""From tensors to reads: pure functions of where the tensors lie."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from penstock.checkpoint.base import DTYPE_BITS, TensorInfo
+from penstock.errors import CheckpointError
+from penstock.storage.base import BLOCK_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Bytes of one file to be read in one go, with what is wanted of them."""
+
+    path: str
+    start: int  # in the file, bytes: of the first tensor
+    stop: int  # of the last
+    tensors: tuple[TensorInfo, ...]  # in file order
+
+    @property
+    def block_start(self) -> int:
+        """Where direct reads begin."""
+        return self.start // BLOCK_BYTES * BLOCK_BYTES
+
+    @property
+    def block_stop(self) -> int:
+        """Where direct reads end: maybe beyond the file."""
+        return -(-self.stop // BLOCK_BYTES) * BLOCK_BYTES
+
+
+def spans(tensors: Iterable[TensorInfo], gap_bytes: int = BLOCK_BYTES) -> list[Span]:
+    """The tensors in file order, grouped where what lies between them is not worth two reads.
+
+    Files come in the order of their first tensors. Tensors without elements are in no span.
+
+    Args:
+        tensors: of any files; they may overlap, as slices of one tensor do.
+        gap_bytes: of unwanted bytes at most, between neighbours; memory is allocated for them.
+    """
+    by_file: dict[str, list[TensorInfo]] = {}
+    for tensor in tensors:
+        if tensor.size_bytes:
+            by_file.setdefault(tensor.path, []).append(tensor)
+    found: list[Span] = []
+    for path, members in by_file.items():
+        members.sort(key=lambda tensor: (tensor.start, tensor.stop))
+        group: list[TensorInfo] = []
+        stop = 0
+        for tensor in members:
+            if group and tensor.start > stop + gap_bytes:
+                found.append(Span(path, group[0].start, stop, tuple(group)))
+                group = []
+            stop = max(stop, tensor.stop) if group else tensor.stop
+            group.append(tensor)
+        found.append(Span(path, group[0].start, stop, tuple(group)))
+    return found
+
+
+def chunks(start: int, stop: int, chunk_bytes: int) -> NDArray[np.int64]:
+    """Reads that cover ``[start, stop)``: their offsets and lengths, [reads, 2].
+
+    They begin at multiples of chunk_bytes in the file, but for the first.
+    """
+    bounds = np.arange(start // chunk_bytes + 1, -(-stop // chunk_bytes), dtype=np.int64) * chunk_bytes
+    edges = np.concatenate(([start], bounds, [stop]))
+    return np.stack((edges[:-1], np.diff(edges)), axis=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A part of a tensor along one dimension, as tensor parallelism wants it."""
+
+    dimension: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """The bytes of a slice in the file: runs of one length, one distance apart."""
+
+    start: int  # of the first run, in the file, bytes
+    run_bytes: int
+    stride_bytes: int  # from one run's start to the next one's
+    count: int
+
+
+def runs(tensor: TensorInfo, part: Slice) -> tuple[TensorInfo, Runs]:
+    """The slice as a tensor of its own, and where its bytes lie.
+
+    The tensor's offsets are those of the slice's first and last byte: its elements lie between them without gaps only
+    if there is one run.
+
+    Raises:
+        CheckpointError: the slice is not inside the tensor, or does not consist of whole bytes.
+    """
+    dimension, start, stop = part.dimension, part.start, part.stop
+    if not 0 <= dimension < len(tensor.shape) or not 0 <= start <= stop <= tensor.shape[dimension]:
+        raise CheckpointError(
+            f"{tensor.path}: tensor {tensor.name!r} has shape {list(tensor.shape)}: "
+            f"[{start}:{stop}] of dimension {dimension} is not inside it"
+        )
+    shape = (*tensor.shape[:dimension], stop - start, *tensor.shape[dimension + 1 :])
+    inner_bits = prod(tensor.shape[dimension + 1 :]) * DTYPE_BITS[tensor.dtype]
+    if (start * inner_bits) % 8 or (stop * inner_bits) % 8 or (tensor.shape[dimension] * inner_bits) % 8:
+        raise CheckpointError(
+            f"{tensor.path}: tensor {tensor.name!r} of {tensor.dtype}: [{start}:{stop}] of dimension {dimension} "
+            "does not begin and end at whole bytes"
+        )
+    stride_bytes = tensor.shape[dimension] * inner_bits // 8
+    run_bytes = (stop - start) * inner_bits // 8
+    count = prod(tensor.shape[:dimension])
+    if run_bytes == stride_bytes:  # all of it
+        run_bytes, stride_bytes, count = run_bytes * count, run_bytes * count, min(count, 1)
+    first = tensor.start + start * inner_bits // 8
+    last = first + (count - 1) * stride_bytes + run_bytes if count else first
+    return TensorInfo(tensor.name, tensor.dtype, shape, tensor.path, first, last), Runs(
+        first, run_bytes, stride_bytes, count
+    )
+
+
+def last_reads(span: Span, reads: NDArray[np.int64]) -> Sequence[int]:
+    """For each tensor of a span, the number of the read that brings its last byte."""
+    stops = np.array([tensor.stop for tensor in span.tensors], np.int64)
+    found: list[int] = (np.searchsorted(reads[:, 0], stops, side="left") - 1).tolist()
+    return found

@@ -1,0 +1,346 @@
+"""What every engine does: move batches of requests between files and memory.
+
+A batch is a numpy array, one element a request, so that nothing is done for each request in Python on the way to an
+engine that can do without it.
+
+Contract, checked by `penstock.testing.engine` for each engine:
+
+- Each request submitted comes back from `Engine.wait` exactly once, in any order, with what was transferred or why not.
+- A transfer is whole, or it failed. It is shorter than asked for only where a file ends.
+- Alignment is the caller's: with O_DIRECT, offset, length and address in memory are multiples of `BLOCK_BYTES` (the
+  file's last block is asked for in full, and comes back short). What is not comes back as EINVAL.
+- Memory is not touched once its requests have come back. `Engine.close` waits for that.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import threading
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self, TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+BLOCK_BYTES = 4096  # aligned enough for any O_DIRECT of today: logical blocks are of 512 or 4096 bytes
+
+READ, WRITE = 0, 1
+
+REQUEST_DTYPE = np.dtype(
+    [
+        ("token", np.uint64),  # the caller's own, returned as it is
+        ("offset", np.int64),  # in the file, bytes
+        ("length", np.int64),  # bytes
+        ("buffer_offset", np.int64),  # bytes
+        ("buffer", np.int32),  # of Engine.add_buffer
+        ("file", np.int32),  # of Engine.add_file
+        ("operation", np.uint8),  # READ or WRITE
+    ]
+)
+COMPLETION_DTYPE = np.dtype([*REQUEST_DTYPE.descr, ("result", np.int64)])  # bytes transferred, or −errno
+Requests: TypeAlias = NDArray[np.void]  # of REQUEST_DTYPE, [requests]
+Completions: TypeAlias = NDArray[np.void]  # of COMPLETION_DTYPE, [completions]
+
+
+def batch(
+    operation: int,
+    *,
+    file: ArrayLike,
+    offset: ArrayLike,
+    length: ArrayLike,
+    buffer: ArrayLike,
+    buffer_offset: ArrayLike,
+    token: ArrayLike | None = None,
+) -> Requests:
+    """Requests from their fields, each one value for all or an array [requests]; tokens count from 0 by default."""
+    fields = {
+        "file": file,
+        "offset": offset,
+        "length": length,
+        "buffer": buffer,
+        "buffer_offset": buffer_offset,
+    }
+    size = max((len(values) for values in map(np.atleast_1d, fields.values())), default=0)
+    requests = np.zeros(size, REQUEST_DTYPE)
+    requests["operation"] = operation
+    requests["token"] = np.arange(size) if token is None else token
+    for name, values in fields.items():
+        requests[name] = values
+    return requests
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatistics:
+    """What an engine has done so far."""
+
+    engine: str
+    requests: int  # that have come back
+    failed: int  # of them, cancelled ones included
+    bytes_read: int
+    bytes_written: int
+    continued: int  # transfers that the kernel cut short, or refused for the moment, and that were taken up again
+    in_flight: int  # submitted, and not returned by wait yet
+
+
+class Engine(ABC):
+    """Moves batches between files and memory. Every method may be called from any thread.
+
+    What one thread has submitted, another may get from `wait`: users who share an engine tell theirs by the tokens.
+    """
+
+    name: str  # as in --engine
+
+    def __init__(self) -> None:
+        self._registry = threading.Lock()
+        self._fds = np.full(0, -1, np.int32)  # [files]
+        self._direct = np.zeros(0, bool)  # [files], opened with O_DIRECT
+        self._memory: list[NDArray[np.uint8] | None] = []  # [buffers]
+        self._addresses = np.zeros(0, np.uint64)  # [buffers]
+        self._sizes = np.full(0, -1, np.int64)  # [buffers], −1 where there is none
+        self._writable = np.zeros(0, bool)  # [buffers], may be read into
+        self._file_uses = np.zeros(0, np.int64)  # [files], requests in flight
+        self._buffer_uses = np.zeros(0, np.int64)  # [buffers], requests in flight
+        self._in_flight = 0
+        self._requests = self._failed = self._bytes_read = self._bytes_written = 0
+        self._continued = 0
+        self._closed = False
+
+    def add_file(self, fd: int) -> int:
+        """Make a file known; returns its number in requests. The descriptor stays the caller's, and open meanwhile.
+
+        Raises:
+            OSError: EBADF.
+        """
+        is_direct = bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)
+        with self._registry:
+            self._check_open()
+            number = _free_slot(self._fds, -1)
+            if number == len(self._fds):
+                self._fds = np.append(self._fds, np.int32(-1))
+                self._direct = np.append(self._direct, False)
+                self._file_uses = np.append(self._file_uses, 0)
+            self._fds[number] = fd
+            self._direct[number] = is_direct
+            self._file_added(number, fd)
+            return number
+
+    def remove_file(self, number: int) -> None:
+        """Forget a file.
+
+        Raises:
+            ValueError: there is no such file, or requests for it are in flight.
+        """
+        with self._registry:
+            if not 0 <= number < len(self._fds) or self._fds[number] < 0:
+                raise ValueError(f"{self.name}: there is no file {number}")
+            if self._file_uses[number]:
+                raise ValueError(f"{self.name}: {self._file_uses[number]} requests for file {number} are in flight")
+            self._fds[number] = -1
+            self._file_removed(number)
+
+    def add_buffer(self, buffer: object) -> int:
+        """Make memory known; returns its number in requests.
+
+        Args:
+            buffer: contiguous memory, such as a memoryview, a numpy array or an mmap; not resized meanwhile. Read-only
+                memory can be written from.
+        """
+        memory = np.frombuffer(buffer, np.uint8)  # type: ignore[call-overload]
+        with self._registry:
+            self._check_open()
+            number = _free_slot(self._sizes, -1)
+            if number == len(self._sizes):
+                self._memory.append(None)
+                self._addresses = np.append(self._addresses, np.uint64(0))
+                self._sizes = np.append(self._sizes, np.int64(-1))
+                self._writable = np.append(self._writable, False)
+                self._buffer_uses = np.append(self._buffer_uses, 0)
+            self._memory[number] = memory
+            self._addresses[number] = memory.ctypes.data
+            self._sizes[number] = memory.nbytes
+            self._writable[number] = memory.flags.writeable
+            self._buffer_added(number)
+            return number
+
+    def remove_buffer(self, number: int) -> None:
+        """Forget memory.
+
+        Raises:
+            ValueError: there is no such buffer, or requests for it are in flight.
+        """
+        with self._registry:
+            if not 0 <= number < len(self._sizes) or self._sizes[number] < 0:
+                raise ValueError(f"{self.name}: there is no buffer {number}")
+            if self._buffer_uses[number]:
+                raise ValueError(f"{self.name}: {self._buffer_uses[number]} requests for buffer {number} are in flight")
+            self._buffer_removed(number)
+            self._memory[number] = None
+            self._sizes[number] = -1
+
+    def submit(self, requests: Requests) -> None:
+        """Begin a batch; never waits for the device: what it cannot take yet waits here, however much that is.
+
+        Raises:
+            ValueError: a request names a file or a buffer that is not there, or does not lie inside its buffer; then
+                nothing of the batch was begun.
+            RuntimeError: the engine is closed.
+        """
+        if requests.dtype != REQUEST_DTYPE or requests.ndim != 1:
+            raise ValueError(f"{self.name}: requests are an array of REQUEST_DTYPE, not of {requests.dtype}")
+        if not len(requests):
+            return
+        with self._registry:
+            self._check_open()
+            self._check(requests)
+            np.add.at(self._file_uses, requests["file"], 1)
+            np.add.at(self._buffer_uses, requests["buffer"], 1)
+            self._in_flight += len(requests)
+        self._submit(requests.copy())
+
+    def wait(self, count: int = 1, timeout_s: float | None = None) -> Completions:
+        """Wait until that many requests are done, or all that are in flight, and take all that are.
+
+        Args:
+            count: 0 takes what is done already.
+            timeout_s: take what is done after this time at the latest.
+        """
+        done = self._wait(count, timeout_s)
+        result = done["result"]
+        is_good = result >= 0
+        is_read = done["operation"] == READ
+        with self._registry:
+            np.subtract.at(self._file_uses, done["file"], 1)
+            np.subtract.at(self._buffer_uses, done["buffer"], 1)
+            self._in_flight -= len(done)
+            self._requests += len(done)
+            self._failed += int(np.count_nonzero(~is_good))
+            self._bytes_read += int(result[is_good & is_read].sum())
+            self._bytes_written += int(result[is_good & ~is_read].sum())
+        return done
+
+    @abstractmethod
+    def cancel(self) -> None:
+        """End all requests that are in flight as soon as possible; those that did not get through are ECANCELED.
+
+        All of them still come back from `wait`.
+        """
+
+    @property
+    def in_flight(self) -> int:
+        """Requests submitted that `wait` has not returned."""
+        with self._registry:
+            return self._in_flight
+
+    def statistics(self) -> EngineStatistics:
+        """What was done so far."""
+        with self._registry:
+            return EngineStatistics(
+                self.name,
+                self._requests,
+                self._failed,
+                self._bytes_read,
+                self._bytes_written,
+                self._continued,
+                self._in_flight,
+            )
+
+    def close(self) -> None:
+        """Cancel what is in flight, wait until memory is left alone, and give all back; a second time does nothing."""
+        with self._registry:
+            if self._closed:
+                return
+            self._closed = True
+        self.cancel()
+        while len(self.wait(max(1, self.in_flight))):
+            pass
+        self._close()
+        self._memory.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @abstractmethod
+    def _submit(self, requests: Requests) -> None:
+        """Begin a batch that was checked."""
+
+    @abstractmethod
+    def _wait(self, count: int, timeout_s: float | None) -> Completions:
+        """See `wait`."""
+
+    @abstractmethod
+    def _close(self) -> None:
+        """Give everything back; nothing is in flight."""
+
+    def _file_added(self, number: int, fd: int) -> None:  # noqa: B027 (may be left out)
+        """A hook for engines that register files."""
+
+    def _file_removed(self, number: int) -> None:  # noqa: B027 (may be left out)
+        """A hook for engines that register files."""
+
+    def _buffer_added(self, number: int) -> None:  # noqa: B027 (may be left out)
+        """A hook for engines that register memory."""
+
+    def _buffer_removed(self, number: int) -> None:  # noqa: B027 (may be left out)
+        """A hook for engines that register memory."""
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError(f"{self.name}: the engine is closed")
+
+    def _check(self, requests: Requests) -> None:
+        files, buffers = requests["file"], requests["buffer"]
+        self._refuse(requests, (files < 0) | (files >= len(self._fds)), "names a file that is not there")
+        self._refuse(requests, self._fds[files] < 0, "names a file that is not there")
+        self._refuse(requests, (buffers < 0) | (buffers >= len(self._sizes)), "names a buffer that is not there")
+        self._refuse(requests, self._sizes[buffers] < 0, "names a buffer that is not there")
+        self._refuse(requests, requests["operation"] > WRITE, "is neither READ nor WRITE")
+        self._refuse(
+            requests, (requests["length"] <= 0) | (requests["offset"] < 0), "has no bytes, or a negative offset"
+        )
+        room = self._sizes[buffers] - requests["buffer_offset"]
+        outside = (requests["buffer_offset"] < 0) | (requests["length"] > room)
+        self._refuse(requests, outside, "does not lie inside its buffer")
+        read_only = (requests["operation"] == READ) & ~self._writable[buffers]
+        self._refuse(requests, read_only, "reads into read-only memory")
+
+    def _refuse(self, requests: Requests, wrong: NDArray[np.bool_], what: str) -> None:
+        if wrong.any():
+            index = int(np.argmax(wrong))
+            fields = ", ".join(f"{name}={requests[index][name]}" for name in REQUEST_DTYPE.names or ())
+            raise ValueError(f"{self.name}: request {index} of {len(requests)} {what}: {fields}")
+
+
+def completed(requests: Requests, results: ArrayLike) -> Completions:
+    """Requests with their results."""
+    done = np.zeros(len(requests), COMPLETION_DTYPE)
+    for name in REQUEST_DTYPE.names or ():
+        done[name] = requests[name]
+    done["result"] = results
+    return done
+
+
+def failure(completion: np.void, path: str) -> OSError:
+    """The error of a completion that failed, for a person: with file, offset and length."""
+    number = -int(completion["result"])
+    verb = "read" if completion["operation"] == READ else "written"
+    start, length = int(completion["offset"]), int(completion["length"])
+    return OSError(number, f"bytes {start}–{start + length} could not be {verb}: {os.strerror(number)}", path)
+
+
+def resume_at(done_bytes: int, is_direct: bool) -> int:
+    """Where to take up a transfer that was cut short: O_DIRECT goes on at a block only."""
+    return done_bytes // BLOCK_BYTES * BLOCK_BYTES if is_direct else done_bytes
+
+
+def _free_slot(values: NDArray[np.int32] | NDArray[np.int64], empty: int) -> int:
+    """The first empty element, or the number of elements."""
+    free = np.flatnonzero(values == empty)
+    return int(free[0]) if len(free) else len(values)

@@ -1,0 +1,36 @@
+"""Which engine: the one asked for, or the best that works here."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+from penstock.errors import UnsupportedError
+from penstock.storage.base import Engine
+from penstock.storage.threads import ThreadEngine
+
+EngineName: TypeAlias = Literal["auto", "uring", "threads"]
+ENGINES: tuple[EngineName, ...] = ("auto", "uring", "threads")
+
+
+def create_engine(name: EngineName = "auto") -> tuple[Engine, str]:
+    """An engine, and why it is not a better one ("" where it is the one asked for, or the best there is).
+
+    Args:
+        name: ``auto`` is io_uring where it works, else threads.
+
+    Raises:
+        UnsupportedError: ``uring`` was asked for by name, and cannot be had.
+        ValueError: there is no such engine.
+    """
+    if name not in ENGINES:
+        raise ValueError(f"engine {name!r}: choose one of {', '.join(ENGINES)}")
+    if name == "threads":
+        return ThreadEngine(), ""
+    from penstock.storage.uring import UringEngine
+
+    try:
+        return UringEngine(), ""
+    except (UnsupportedError, OSError) as error:
+        if name == "uring":
+            raise UnsupportedError(str(error)) from error
+        return ThreadEngine(), str(error)

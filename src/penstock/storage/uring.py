@@ -1,0 +1,288 @@
+"""Transfers by io_uring, in batches: a whole one is put into the ring by a few array assignments.
+
+What limits it is not Python: on 2 CPUs and a virtio disk the prototype reached 65,000 to 75,000 random reads of 4 KiB a
+second where fio, in C, had 77,000 to 80,000.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+import time
+from collections import deque
+
+import numpy as np
+from numpy.typing import NDArray
+
+from penstock.linux import uring
+from penstock.linux.uring import LARGEST_BUFFER_BYTES, SQE_DTYPE, Cqes, Ring, Sqes
+from penstock.storage.base import (
+    COMPLETION_DTYPE,
+    REQUEST_DTYPE,
+    WRITE,
+    Completions,
+    Engine,
+    Requests,
+    completed,
+    resume_at,
+)
+
+# Requests that the kernel has at once. Devices take fewer (virtio 256, NVMe 1023 a queue); chosen without measurement.
+DEPTH = 256
+_FILE_SLOTS = _BUFFER_SLOTS = 256  # of the tables of registered files and buffers; what is beyond goes unregistered
+_LARGEST_TRANSFER_BYTES = 0x7FFFF000  # of one entry: MAX_RW_COUNT
+_NO_SLOT = np.uint64(0xFFFFFFFFFFFFFFFF)  # user_data of a cancellation
+_RETRY_S = 0.001
+_OPCODES = np.array([[uring.READ, uring.READ_FIXED], [uring.WRITE, uring.WRITE_FIXED]], np.uint8)  # [operation, fixed]
+
+
+class UringEngine(Engine):
+    """Requests in a submission ring, completions in another; one system call a batch.
+
+    Files are registered, and buffers up to 1 GiB where RLIMIT_MEMLOCK allows; what cannot be is used unregistered.
+
+    Args:
+        depth: requests that the kernel has at once, a power of two; more wait here.
+        register_buffers: False leaves buffers unpinned, which costs each request the pinning of its pages.
+
+    Raises:
+        UnsupportedError: io_uring is not there, or not permitted.
+        OSError: no descriptor or memory is left.
+    """
+
+    name = "uring"
+
+    def __init__(self, depth: int = DEPTH, *, register_buffers: bool = True) -> None:
+        super().__init__()
+        self._ring = Ring(depth, 2 * depth)
+        self._lock = threading.Condition()
+        self._backlog: deque[Requests] = deque()
+        self._ready: list[Completions] = []
+        self._ready_count = 0
+        self._pending = 0  # submitted, not ready
+        self._is_awaited = False  # a thread is in the kernel, waiting for all of us
+        slots = self._ring.entries  # each request in the kernel has one, and its number is the entry's user_data
+        self._slots = np.zeros(slots, REQUEST_DTYPE)
+        self._reached = np.zeros(slots, np.int64)  # [slots], bytes
+        self._resumed = np.zeros(slots, np.int64)  # [slots], where the present try began
+        self._free = np.arange(slots)
+        self._free_count = slots
+        self._again: list[int] = []  # slots whose transfer goes on
+        self._is_cancelling = False
+        self._largest_transfer_bytes = _LARGEST_TRANSFER_BYTES
+        self._fixed_files = np.zeros(0, bool)  # [files]
+        self._fixed_buffers = np.zeros(0, bool)  # [buffers]
+        self._has_file_table = self._has_buffer_table = False
+        try:
+            self._ring.register_files(_FILE_SLOTS)
+            self._has_file_table = True
+        except OSError:  # RLIMIT_NOFILE is lower
+            pass
+        try:
+            if register_buffers:
+                self._ring.register_buffers(_BUFFER_SLOTS)
+                self._has_buffer_table = True
+        except OSError:  # before Linux 5.19
+            pass
+
+    @property
+    def registered_bytes(self) -> int:
+        """Memory that is pinned for the ring."""
+        with self._registry:
+            return int(self._sizes[: len(self._fixed_buffers)][self._fixed_buffers].sum())
+
+    def cancel(self) -> None:
+        with self._lock:
+            for requests in self._backlog:
+                self._finish(completed(requests, -errno.ECANCELED))
+            self._backlog.clear()
+            if self._free_count < len(self._slots):
+                self._is_cancelling = True
+                entry = np.zeros(1, SQE_DTYPE)
+                entry["opcode"] = uring.ASYNC_CANCEL
+                entry["op_flags"] = uring.CANCEL_ALL | uring.CANCEL_ANY
+                entry["user_data"] = _NO_SLOT
+                if self._ring.push(entry):
+                    self._flush()
+            self._lock.notify_all()
+
+    def _submit(self, requests: Requests) -> None:
+        with self._lock:
+            self._pending += len(requests)
+            self._backlog.append(requests)
+            self._pump()
+
+    def _wait(self, count: int, timeout_s: float | None) -> Completions:
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        with self._lock:
+            while True:
+                self._take(self._ring.pop())
+                self._pump()
+                left_s = None if deadline is None else deadline - time.monotonic()
+                if self._ready_count >= count or not self._pending or (left_s is not None and left_s <= 0):
+                    break
+                if self._is_awaited:
+                    self._lock.wait(left_s)
+                else:
+                    self._wait_in_kernel(count - self._ready_count, left_s)
+            ready, self._ready, self._ready_count = self._ready, [], 0
+        return np.concatenate(ready) if ready else np.zeros(0, COMPLETION_DTYPE)
+
+    def _wait_in_kernel(self, count: int, left_s: float | None) -> None:
+        """Wait for completions in the ring, with the lock released: only one thread at a time may count on them."""
+        in_kernel = len(self._slots) - self._free_count - self._ring.unsubmitted
+        if in_kernel <= 0:  # the kernel takes nothing for now, for lack of memory
+            self._lock.wait(_RETRY_S if left_s is None else min(_RETRY_S, left_s))
+            return
+        self._is_awaited = True
+        self._lock.release()
+        try:
+            self._ring.enter(0, min(count, in_kernel), left_s)
+        except OSError as error:
+            if error.errno not in (errno.EINTR, errno.EAGAIN, errno.EBUSY):
+                raise
+        finally:
+            self._lock.acquire()
+            self._is_awaited = False
+            self._lock.notify_all()
+
+    def _pump(self) -> None:
+        """Give the kernel what it can take. Needs the lock."""
+        self._flush()
+        while self._again or (self._backlog and self._free_count):
+            if self._again:
+                slots, self._again = np.array(self._again), []
+            else:
+                slots = self._place(self._backlog[0])
+            pushed = self._ring.push(self._entries(slots))
+            self._flush()
+            if pushed < len(slots):  # it takes nothing more for now
+                self._again += slots[pushed:].tolist()
+                return
+
+    def _place(self, requests: Requests) -> NDArray[np.intp]:
+        """Slots for as many requests of the backlog's first batch as there are."""
+        count = min(len(requests), self._free_count)
+        self._free_count -= count
+        slots = self._free[self._free_count : self._free_count + count].copy()
+        self._slots[slots] = requests[:count]
+        self._reached[slots] = 0
+        self._resumed[slots] = 0
+        if count == len(requests):
+            self._backlog.popleft()
+        else:
+            self._backlog[0] = requests[count:]
+        return slots
+
+    def _entries(self, slots: NDArray[np.intp]) -> Sqes:
+        requests, begun = self._slots[slots], self._resumed[slots]
+        buffers, files = requests["buffer"], requests["file"]
+        fixed = self._fixed_buffers[buffers]
+        entries = np.zeros(len(slots), SQE_DTYPE)
+        entries["opcode"] = _OPCODES[requests["operation"], fixed.astype(np.intp)]
+        entries["flags"] = np.where(self._fixed_files[files], uring.FIXED_FILE, 0)
+        entries["fd"] = np.where(self._fixed_files[files], files, self._fds[files])
+        entries["offset"] = requests["offset"] + begun
+        entries["address"] = self._addresses[buffers] + (requests["buffer_offset"] + begun).astype(np.uint64)
+        entries["length"] = np.minimum(requests["length"] - begun, self._largest_transfer_bytes)
+        entries["user_data"] = slots
+        entries["buffer"] = np.where(fixed, buffers, 0)
+        return entries
+
+    def _flush(self) -> None:
+        """Have the kernel take what is in the submission ring; what it cannot take now stays there."""
+        while self._ring.unsubmitted:
+            try:
+                self._ring.enter(self._ring.unsubmitted, 0)
+            except OSError as error:
+                if error.errno == errno.EINTR:
+                    continue
+                if error.errno not in (errno.EAGAIN, errno.EBUSY):
+                    raise
+                return
+
+    def _take(self, entries: Cqes) -> None:
+        """Account for completions. Needs the lock."""
+        if not len(entries):
+            return
+        entries = entries[entries["user_data"] != _NO_SLOT]
+        slots = entries["user_data"].astype(np.intp)
+        moved = entries["result"].astype(np.int64)
+        reached = self._resumed[slots] + moved
+        is_whole = (moved >= 0) & (reached >= self._slots["length"][slots])
+        results = np.where(is_whole, reached, moved)
+        is_done = is_whole.copy()
+        for index in np.flatnonzero(~is_whole).tolist():
+            result = self._outcome(int(slots[index]), int(moved[index]))
+            if result is None:
+                self._again.append(int(slots[index]))
+            else:
+                is_done[index], results[index] = True, result
+        done = slots[is_done]
+        self._finish(completed(self._slots[done], results[is_done]))
+        self._free[self._free_count : self._free_count + len(done)] = done
+        self._free_count += len(done)
+        if self._free_count == len(self._slots):
+            self._is_cancelling = False
+
+    def _outcome(self, slot: int, moved: int) -> int | None:
+        """The result of a transfer that was not whole; None where it goes on."""
+        request = self._slots[slot]
+        if moved in (-errno.EAGAIN, -errno.EINTR):
+            return -errno.ECANCELED if self._is_cancelling else None
+        if moved < 0:
+            return moved
+        if moved == 0 and request["operation"] == WRITE:
+            return -errno.EIO
+        reached = int(self._resumed[slot]) + moved
+        if reached <= self._reached[slot]:  # no further: the file ends here
+            return int(self._reached[slot])
+        self._reached[slot] = reached
+        if self._is_cancelling:
+            return -errno.ECANCELED
+        self._resumed[slot] = resume_at(reached, bool(self._direct[request["file"]]))
+        self._continued += 1
+        return None
+
+    def _finish(self, done: Completions) -> None:
+        self._ready.append(done)
+        self._ready_count += len(done)
+        self._pending -= len(done)
+
+    def _close(self) -> None:
+        self._ring.close()
+
+    def _file_added(self, number: int, fd: int) -> None:
+        is_fixed = False
+        if self._has_file_table and number < _FILE_SLOTS:
+            self._ring.update_file(number, fd)
+            is_fixed = True
+        self._fixed_files = _with(self._fixed_files, number, is_fixed)
+
+    def _file_removed(self, number: int) -> None:
+        if self._fixed_files[number]:
+            self._ring.update_file(number, -1)
+            self._fixed_files[number] = False
+
+    def _buffer_added(self, number: int) -> None:
+        is_fixed = False
+        size_bytes = int(self._sizes[number])
+        if self._has_buffer_table and number < _BUFFER_SLOTS and 0 < size_bytes <= LARGEST_BUFFER_BYTES:
+            try:
+                self._ring.update_buffer(number, int(self._addresses[number]), size_bytes)
+                is_fixed = True
+            except OSError:  # over RLIMIT_MEMLOCK, or memory that cannot be pinned: a file's
+                pass
+        self._fixed_buffers = _with(self._fixed_buffers, number, is_fixed)
+
+    def _buffer_removed(self, number: int) -> None:
+        if self._fixed_buffers[number]:
+            self._ring.update_buffer(number, 0, 0)
+            self._fixed_buffers[number] = False
+
+
+def _with(values: NDArray[np.bool_], number: int, value: bool) -> NDArray[np.bool_]:
+    if number == len(values):
+        return np.append(values, value)
+    values[number] = value
+    return values
