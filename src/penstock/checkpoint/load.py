@@ -199,8 +199,8 @@ class CheckpointLoad:
     def _choose(self, engine: EngineName | Engine) -> tuple[Engine, str]:
         if isinstance(engine, Engine):
             return engine, ""
-        # The memory is fresh, and whoever begins a read pays for its pages: 6.4 GB took 2.2 to 2.9 s with eight threads,
-        # 3.8 to 6.2 with one that fills a ring.
+        # The memory is fresh, and whoever begins a read pays for its pages: 6.4 GB took 2.2 to 2.9 s with eight
+        # threads, 3.8 to 6.2 with one that fills a ring.
         chosen, fallback = create_engine("threads" if engine == "auto" else engine)
         self._closing.enter_context(chosen)
         return chosen, fallback
@@ -327,7 +327,7 @@ class _Arena:
         """A tensor's bytes; its whole pages go back once nobody holds them."""
         start = self._skip_bytes + tensor.start - self.start
         stop = start + tensor.size_bytes
-        # Not a slice of self.memory: arrays made of it would then hold that, as numpy shortens such chains, and not this.
+        # Not a slice of self.memory: what is derived from a slice holds the whole, as numpy shortens such chains.
         memory = np.frombuffer(self._mapping, np.uint8, stop - start, start)
         if stop - start >= _RETURNED_BYTES:
             first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE

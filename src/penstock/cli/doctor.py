@@ -6,8 +6,6 @@ Each answer comes from trying the thing itself, never from a version number.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import errno
 import json
 import os
 import platform
@@ -43,8 +41,6 @@ class Check:
 
 
 _MARKS: dict[State, tuple[str, str]] = {"ok": ("✓", "green"), "degraded": ("~", "yellow"), "missing": ("–", "red")}
-_NR_IO_URING_SETUP = 425
-_IO_URING_PARAMS_BYTES = 120  # struct io_uring_params of linux/io_uring.h
 _NETWORK_FILE_SYSTEMS = frozenset(("nfs", "nfs4", "cifs", "smb3", "ceph", "lustre", "9p", "virtiofs", "afs", "gpfs"))
 _MEMORY_FILE_SYSTEMS = frozenset(("tmpfs", "ramfs", "hugetlbfs", "devtmpfs"))
 
@@ -88,7 +84,7 @@ def checks(path: Path) -> list[Check]:
         *_attempt("numa", _numa, "pages fall where the kernel puts them"),
         *_attempt("memory", _memory, "give --memory"),
         *_attempt("pressure", _pressure, "memory is judged by the headroom alone"),
-        *_attempt("io_uring", _io_uring, "direct reads use threads"),
+        *_attempt("io_uring", _io_uring, "direct transfers use threads"),
         *_attempt("huge pages", _huge_pages, "prefetching fills the cache with small pages"),
         *_attempt("storage", lambda: _storage(path), "the device's settings are not taken into account"),
     ]
@@ -288,21 +284,11 @@ def _pressure() -> Iterator[Check]:
 
 
 def _io_uring() -> Iterator[Check]:
-    from penstock.linux.libc import syscall
+    from penstock.linux import uring
 
-    setting = "io_uring_disabled"
-    with contextlib.suppress(OSError):
-        setting += f" = {Path('/proc/sys/kernel/io_uring_disabled').read_text(encoding='ascii').strip()}"
-    parameters = ctypes.create_string_buffer(_IO_URING_PARAMS_BYTES)
-    pointer = ctypes.cast(parameters, ctypes.POINTER(ctypes.c_char))
-    try:
-        os.close(syscall(_NR_IO_URING_SETUP, "io_uring_setup", 4, pointer))
-    except OSError as error:
-        if error.errno == errno.ENOSYS:
-            reason = "not in this kernel, or filtered by the container"
-        else:
-            reason = f"{os.strerror(error.errno or 0)}, {setting}"
-        yield Check("io_uring", "missing", reason, "direct reads use threads")
+    reason = uring.probe()
+    if reason:
+        yield Check("io_uring", "missing", reason, "direct transfers use threads")
     else:
         yield Check("io_uring", "ok", "a ring can be made")
 
