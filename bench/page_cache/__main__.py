@@ -23,13 +23,13 @@ import click
 from rich.console import Console
 
 import penstock
+from bench.direct import bandwidth, fio_bandwidth
 from bench.errors import BenchError, RunError
 from bench.machine import describe
 from bench.memory import Ballast
+from bench.model import generate
 from bench.page_cache.arms import ARMS, CLIENTS, Key
-from bench.page_cache.direct import bandwidth, fio_bandwidth
 from bench.page_cache.limit import may_limit
-from bench.page_cache.model import generate
 from bench.page_cache.results import Results
 from bench.page_cache.run import Run, Runner
 from bench.page_cache.suites import SUITES, Suite, chosen, estimate_s, quick, without

@@ -18,10 +18,10 @@ from typing import Any
 
 from bench.errors import BenchError, RunError
 from bench.memory import Ballast, resident_share
+from bench.model import Contents, Model, expected
 from bench.page_cache.account import Account, check_files
 from bench.page_cache.arms import ARMS, Key
 from bench.page_cache.limit import LimitUse, MemoryLimit
-from bench.page_cache.model import Contents, Model, expected
 from bench.readahead import ReadAhead
 from penstock.errors import UnsupportedError
 from penstock.linux.tracefs import TraceFs

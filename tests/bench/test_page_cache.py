@@ -86,7 +86,7 @@ def test_terminated_benchmark_puts_everything_back(disk: Path) -> None:
 
 def test_wrong_bytes_are_found(disk: Path) -> None:
     """A byte is changed that no sample looks at, and one that the expectation was taken of."""
-    from bench.page_cache.model import expected, generate
+    from bench.model import expected, generate
 
     model = generate(disk, preset="tiny-llama", size_bytes=8 * MiB, gguf=False)
     good = expected(model, "mmap")
@@ -111,7 +111,7 @@ def test_wrong_bytes_are_found(disk: Path) -> None:
 
 @pytest.mark.parametrize("client", ["mmap", "read", "tp2"])
 def test_clients_report_what_an_independent_reader_finds(disk: Path, client: str) -> None:
-    from bench.page_cache.model import expected, generate
+    from bench.model import expected, generate
 
     model = generate(disk, preset="tiny-llama", size_bytes=8 * MiB, gguf=False)
     command = [sys.executable, "-m", f"bench.page_cache.clients.{client}", str(model.path(client))]

@@ -117,7 +117,7 @@ def test_a_tensor_in_two_files(tmp_path: Path) -> None:
 
 
 def test_nothing_there(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"no \*.safetensors file is there"):
+    with pytest.raises(CheckpointError, match=r"neither a \*.safetensors nor a \*.gguf"):
         open_checkpoint(tmp_path)
     with pytest.raises(CheckpointError, match="cannot be opened"):
         open_checkpoint(tmp_path / "nothing.safetensors")

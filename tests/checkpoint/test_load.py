@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 import penstock
-from penstock.checkpoint import load as load_module
+from penstock.checkpoint import reading
 from penstock.checkpoint.base import DTYPE_BITS
 from penstock.checkpoint.frameworks import Plain
 from penstock.checkpoint.load import CheckpointLoad, load_checkpoint, load_file, stream_checkpoint
@@ -88,7 +88,7 @@ def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
 
 @pytest.fixture
 def small_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load_module, "READ_BYTES", 64 * 1024)
+    monkeypatch.setattr(reading, "READ_BYTES", 64 * 1024)
 
 
 def test_the_same_as_safetensors(tmp_path: Path, engine: Engine) -> None:
@@ -222,8 +222,30 @@ def test_names_slices_and_shards(tmp_path: Path, engine: Engine, small_reads: No
     assert found.statistics.bytes_read < len(one["big"])
     with pytest.raises(CheckpointError, match="has no tensor 'nothing'"):
         load_checkpoint(tmp_path, names=["nothing"])
-    with pytest.raises(UnsupportedError, match=r"lies in 3000 pieces"):
-        load_checkpoint(tmp_path, names=["big"], slices={"big": Slice(1, 0, 10)})
+
+
+def test_slices_in_pieces(tmp_path: Path, engine: Engine, small_reads: None) -> None:
+    path = tmp_path / "model.safetensors"
+    contents = write(path, [*MIXED, ("cube", "U8", (50, 60, 70))])
+    big = np.frombuffer(contents["big"], np.float16).reshape(3000, 999)
+    cube = np.frombuffer(contents["cube"], np.uint8).reshape(50, 60, 70)
+    for part, expected in (
+        (Slice(1, 0, 10), big[:, :10]),
+        (Slice(1, 333, 999), big[:, 333:]),
+        (Slice(1, 5, 5), big[:, 5:5]),
+        (Slice(1, 0, 999), big),
+    ):
+        found = load_checkpoint(path, names=["big", "flag"], slices={"big": part}, framework="numpy", engine=engine)
+        assert found["big"].shape == expected.shape
+        assert found["big"].tobytes() == expected.tobytes()
+        assert found["flag"].tobytes() == contents["flag"]
+    slices = {"cube": Slice(1, 20, 40), "big": Slice(1, 998, 999)}
+    found = load_checkpoint(path, slices=slices, framework=Plain(), engine=engine)
+    assert found["cube"].tobytes() == cube[:, 20:40].tobytes()
+    assert found["big"].tobytes() == big[:, 998:].tobytes()
+    assert found["half"].tobytes() == contents["half"]
+    with pytest.raises(OSError, match="Input/output error"):
+        load_checkpoint(path, names=["big"], slices=slices, framework=Plain(), engine=FaultyEngine(engine, fail_at(7)))
 
 
 def test_tensors_come_as_they_land(tmp_path: Path, engine: Engine, small_reads: None) -> None:
@@ -296,7 +318,7 @@ def test_no_memory(tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPat
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
-    monkeypatch.setattr(load_module.mmap, "mmap", refuse)
+    monkeypatch.setattr(reading.mmap, "mmap", refuse)
     with pytest.raises(MemoryError, match=r"no .* MiB of memory for its tensors"):
         load_file(path, framework=Plain(), engine=engine)
 

@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock.checkpoint.base import DTYPE_BITS, TensorInfo
-from penstock.checkpoint.plan import Slice, Span, chunks, last_reads, runs, spans
+from penstock.checkpoint.base import BLOCKS, DTYPE_BITS, TensorInfo
+from penstock.checkpoint.plan import Runs, Slice, Span, chunks, copy_runs, holds_runs, last_reads, runs, spans
 from penstock.errors import CheckpointError
 from penstock.storage.base import BLOCK_BYTES
 
 
 def tensor(name: str, start: int, stop: int, path: str = "file") -> TensorInfo:
-    return TensorInfo(name, "U8", (stop - start,), path, start, stop)
+    return TensorInfo(name, "U8", (stop - start,), path, start, stop, (1, 1))
 
 
 PLACES = st.lists(
@@ -83,7 +83,7 @@ def test_runs_are_the_bytes_of_the_slice(data: st.DataObject) -> None:
     stop = data.draw(st.integers(start, shape[dimension]))
     size = DTYPE_BITS[dtype] // 8
     contents = np.random.default_rng(1).integers(0, 256, (*shape, size), np.uint8)
-    whole = TensorInfo("x", dtype, shape, "file", 1000, 1000 + prod(shape) * size)
+    whole = TensorInfo("x", dtype, shape, "file", 1000, 1000 + prod(shape) * size, BLOCKS[dtype])
     part, where = runs(whole, Slice(dimension, start, stop))
     expected = np.take(contents, range(start, stop), axis=dimension)
     assert part.shape == expected.shape[:-1]
@@ -98,12 +98,37 @@ def test_runs_are_the_bytes_of_the_slice(data: st.DataObject) -> None:
         assert where.count <= 1
 
 
+@given(st.integers(0, 300), st.integers(0, 40), st.integers(0, 40), st.integers(0, 12), st.integers(1, 200), st.data())
+def test_runs_are_copied_from_any_chunks(
+    start: int, run_bytes: int, gap_bytes: int, count: int, chunk_bytes: int, data: st.DataObject
+) -> None:
+    where = Runs(start, run_bytes, run_bytes + gap_bytes, count)
+    stop = start + count * where.stride_bytes + data.draw(st.integers(0, 50))
+    contents = np.random.default_rng(start).integers(0, 256, stop + 1, np.uint8)
+    target = np.zeros(run_bytes * count, np.uint8)
+    reads = chunks(0, stop + 1, chunk_bytes)
+    held = holds_runs(where, reads)
+    for offset, length in data.draw(st.permutations(reads[held].tolist())):
+        copy_runs(contents[offset : offset + length], offset, where, target)
+    expected = b"".join(
+        contents[start + number * where.stride_bytes :][:run_bytes].tobytes() for number in range(count)
+    )
+    assert target.tobytes() == expected
+    for (offset, length), is_held in zip(reads.tolist(), held.tolist(), strict=True):
+        touches = any(
+            max(offset, start + number * where.stride_bytes)
+            < min(offset + length, start + number * where.stride_bytes + run_bytes)
+            for number in range(count)
+        )
+        assert is_held == touches
+
+
 def test_slices_that_are_none() -> None:
-    whole = TensorInfo("x", "F32", (4, 6), "file", 0, 96)
+    whole = TensorInfo("x", "F32", (4, 6), "file", 0, 96, (1, 4))
     for part in (Slice(2, 0, 1), Slice(-1, 0, 1), Slice(0, 3, 2), Slice(0, 0, 5), Slice(1, -1, 2)):
         with pytest.raises(CheckpointError, match="is not inside it"):
             runs(whole, part)
-    packed = TensorInfo("x", "F4", (4, 6), "file", 0, 12)
+    packed = TensorInfo("x", "F4", (4, 6), "file", 0, 12, (2, 1))
     assert runs(packed, Slice(1, 2, 4))[1].run_bytes == 1
-    with pytest.raises(CheckpointError, match="whole bytes"):
+    with pytest.raises(CheckpointError, match="whole blocks of 2 elements"):
         runs(packed, Slice(1, 1, 3))

@@ -6,7 +6,7 @@ import os
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
+from math import gcd, prod
 from typing import TypeAlias
 
 from penstock.errors import CheckpointError
@@ -22,6 +22,8 @@ DTYPE_BITS: Mapping[str, int] = {
 }  # fmt: skip
 
 Shape: TypeAlias = tuple[int, ...]
+Block: TypeAlias = tuple[int, int]  # so many elements in so many bytes
+BLOCKS: Mapping[str, Block] = {name: (8 // gcd(bits, 8), bits // gcd(bits, 8)) for name, bits in DTYPE_BITS.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +31,12 @@ class TensorInfo:
     """Where a tensor's elements lie: in row-major order, little-endian, without gaps."""
 
     name: str
-    dtype: str  # of DTYPE_BITS
+    dtype: str  # of DTYPE_BITS, or a quantised type of GGUF such as Q4_K
     shape: Shape
     path: str
     start: int  # in the file, bytes
     stop: int
+    block: Block
 
     @property
     def size_bytes(self) -> int:
@@ -44,6 +47,11 @@ class TensorInfo:
     def elements(self) -> int:
         """How many there are: 1 of a scalar."""
         return prod(self.shape)
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether its elements mean nothing without those beside them."""
+        return self.dtype not in DTYPE_BITS
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +79,23 @@ class FileIdentity:
             else:
                 what = "was written to after its header was read"
             raise CheckpointError(f"{self.path}: {what}; load it again once it is whole")
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """One file's header.
+
+    Attributes:
+        file: to be compared when the tensors are read.
+        tensors: in file order.
+        metadata: strings of the writer's own; of GGUF its values as text, of arrays how long they are.
+        data_start: where the first tensor's bytes begin.
+    """
+
+    file: FileIdentity
+    tensors: tuple[TensorInfo, ...]
+    metadata: Mapping[str, str]
+    data_start: int
 
 
 def identity(path: str, status: os.stat_result) -> FileIdentity:

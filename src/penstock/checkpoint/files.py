@@ -1,4 +1,4 @@
-"""A checkpoint on disk: one safetensors file, or several with or without an index."""
+"""A checkpoint on disk: a safetensors or GGUF file, or several with or without an index."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from penstock.checkpoint.base import TensorInfo, open_regular
-from penstock.checkpoint.safetensors import Header, read_header
+from penstock.checkpoint import gguf, safetensors
+from penstock.checkpoint.base import Header, TensorInfo, open_regular
 from penstock.errors import CheckpointError
 
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -42,8 +42,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Read the headers of a checkpoint.
 
     Args:
-        path: a safetensors file, an index, or a directory with either. A directory with several safetensors files and
-            no index is all of them.
+        path: a safetensors or GGUF file, an index, or a directory. A directory with several safetensors files and no
+            index is all of them; one with none is all of its GGUF files.
 
     Raises:
         CheckpointError: there is no checkpoint, it is damaged, or its shards and its index differ.
@@ -75,6 +75,25 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     return Checkpoint(path, headers, tensors, index)
 
 
+def read_header(path: str | os.PathLike[str]) -> Header:
+    """Parse the header of a file of either format, as its name says, or else its first bytes.
+
+    Raises:
+        CheckpointError: it breaks a rule of its format.
+        UnsupportedError: a GGUF file, and the gguf package is not installed.
+        OSError: it cannot be read.
+    """
+    name = os.fspath(path)
+    is_gguf = name.endswith(".gguf")
+    if not is_gguf and not name.endswith(".safetensors"):
+        fd = open_regular(name)
+        try:
+            is_gguf = os.pread(fd, len(gguf.MAGIC), 0) == gguf.MAGIC
+        finally:
+            os.close(fd)
+    return gguf.read_header(name) if is_gguf else safetensors.read_header(name)
+
+
 def _in_directory(path: Path) -> tuple[Path | None, list[Path]]:
     names = sorted(entry.name for entry in path.iterdir())
     indices = [name for name in names if name.endswith(INDEX_SUFFIX)]
@@ -87,8 +106,9 @@ def _in_directory(path: Path) -> tuple[Path | None, list[Path]]:
         return path / indices[0], []
     if path / "model.safetensors" in files:
         return None, [path / "model.safetensors"]
+    files = files or [path / name for name in names if name.endswith(".gguf")]
     if not files:
-        raise CheckpointError(f"{path}: no *.safetensors file is there")
+        raise CheckpointError(f"{path}: neither a *.safetensors nor a *.gguf file is there")
     return None, files
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from penstock.checkpoint.base import DTYPE_BITS, TensorInfo
+from penstock.checkpoint.base import Shape, TensorInfo
 from penstock.errors import UnsupportedError
 
 FrameworkName: TypeAlias = Literal["torch", "numpy"]
@@ -50,7 +50,8 @@ class Torch(Framework):
         self._torch = torch
 
     def _dtype(self, tensor: TensorInfo) -> Any:
-        dtype = getattr(self._torch, _TORCH.get(tensor.dtype, ""), None)
+        name = "uint8" if tensor.is_quantised else _TORCH.get(tensor.dtype, "")
+        dtype = getattr(self._torch, name, None)
         if dtype is None:
             raise UnsupportedError(f"{tensor.path}: tensor {tensor.name!r}: this torch has no dtype for {tensor.dtype}")
         return dtype
@@ -64,9 +65,7 @@ class Torch(Framework):
             )
 
     def tensor(self, tensor: TensorInfo, memory: NDArray[np.uint8]) -> Any:
-        dtype, shape = self._dtype(tensor), tensor.shape
-        if tensor.dtype == "F4":
-            shape = (*shape[:-1], shape[-1] // 2)
+        dtype, shape = self._dtype(tensor), _stored_shape(tensor)
         if not len(memory):
             return self._torch.empty(shape, dtype=dtype)
         return self._torch.frombuffer(_aligned(tensor, memory), dtype=dtype).reshape(shape)
@@ -76,6 +75,8 @@ class Numpy(Framework):
     """numpy.ndarray. What numpy itself has no dtype for takes the package ml_dtypes."""
 
     def _dtype(self, tensor: TensorInfo) -> Any:
+        if tensor.is_quantised:
+            return np.dtype(np.uint8)
         if tensor.dtype in _NUMPY:
             return np.dtype(_NUMPY[tensor.dtype])
         try:
@@ -92,7 +93,7 @@ class Numpy(Framework):
         self._dtype(tensor)
 
     def tensor(self, tensor: TensorInfo, memory: NDArray[np.uint8]) -> Any:
-        return _aligned(tensor, memory).view(self._dtype(tensor)).reshape(tensor.shape)
+        return _aligned(tensor, memory).view(self._dtype(tensor)).reshape(_stored_shape(tensor))
 
 
 class Plain(Framework):
@@ -108,9 +109,18 @@ class Plain(Framework):
 
 def _aligned(tensor: TensorInfo, memory: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """The bytes where the elements' size wants them: copied, if they lie elsewhere."""
-    if memory.ctypes.data % max(1, DTYPE_BITS[tensor.dtype] // 8):
+    elements, size_bytes = tensor.block
+    if elements == 1 and memory.ctypes.data % size_bytes:
         return memory.copy()
     return memory
+
+
+def _stored_shape(tensor: TensorInfo) -> Shape:
+    """In bytes along the last dimension, where an element takes less than one, or means something in a block only."""
+    elements, size_bytes = tensor.block
+    if elements == 1:
+        return tensor.shape
+    return (*tensor.shape[:-1], tensor.shape[-1] // elements * size_bytes)
 
 
 def framework_named(name: FrameworkName) -> Framework:

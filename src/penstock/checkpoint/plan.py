@@ -9,7 +9,7 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
-from penstock.checkpoint.base import DTYPE_BITS, TensorInfo
+from penstock.checkpoint.base import TensorInfo
 from penstock.errors import CheckpointError
 from penstock.storage.base import BLOCK_BYTES
 
@@ -98,7 +98,7 @@ def runs(tensor: TensorInfo, part: Slice) -> tuple[TensorInfo, Runs]:
     if there is one run.
 
     Raises:
-        CheckpointError: the slice is not inside the tensor, or does not consist of whole bytes.
+        CheckpointError: the slice is not inside the tensor, or does not consist of whole blocks.
     """
     dimension, start, stop = part.dimension, part.start, part.stop
     if not 0 <= dimension < len(tensor.shape) or not 0 <= start <= stop <= tensor.shape[dimension]:
@@ -107,22 +107,62 @@ def runs(tensor: TensorInfo, part: Slice) -> tuple[TensorInfo, Runs]:
             f"[{start}:{stop}] of dimension {dimension} is not inside it"
         )
     shape = (*tensor.shape[:dimension], stop - start, *tensor.shape[dimension + 1 :])
-    inner_bits = prod(tensor.shape[dimension + 1 :]) * DTYPE_BITS[tensor.dtype]
-    if (start * inner_bits) % 8 or (stop * inner_bits) % 8 or (tensor.shape[dimension] * inner_bits) % 8:
+    inner = prod(tensor.shape[dimension + 1 :])
+    elements, size_bytes = tensor.block
+    if start * inner % elements or stop * inner % elements or tensor.shape[dimension] * inner % elements:
         raise CheckpointError(
             f"{tensor.path}: tensor {tensor.name!r} of {tensor.dtype}: [{start}:{stop}] of dimension {dimension} "
-            "does not begin and end at whole bytes"
+            f"does not begin and end at whole blocks of {elements} elements"
         )
-    stride_bytes = tensor.shape[dimension] * inner_bits // 8
-    run_bytes = (stop - start) * inner_bits // 8
+    stride_bytes = tensor.shape[dimension] * inner // elements * size_bytes
+    run_bytes = (stop - start) * inner // elements * size_bytes
     count = prod(tensor.shape[:dimension])
     if run_bytes == stride_bytes:  # all of it
         run_bytes, stride_bytes, count = run_bytes * count, run_bytes * count, min(count, 1)
-    first = tensor.start + start * inner_bits // 8
-    last = first + (count - 1) * stride_bytes + run_bytes if count else first
-    return TensorInfo(tensor.name, tensor.dtype, shape, tensor.path, first, last), Runs(
-        first, run_bytes, stride_bytes, count
-    )
+    first = tensor.start + start * inner // elements * size_bytes
+    last = first + (count - 1) * stride_bytes + run_bytes if count and run_bytes else first
+    part_info = TensorInfo(tensor.name, tensor.dtype, shape, tensor.path, first, last, tensor.block)
+    return part_info, Runs(first, run_bytes, stride_bytes, count)
+
+
+def holds_runs(where: Runs, reads: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which reads, given as offsets and lengths, hold a byte of the runs."""
+    first, last = _touched(where, reads[:, 0], reads.sum(axis=1))
+    return np.asarray(first < last)
+
+
+def copy_runs(chunk: NDArray[np.uint8], chunk_start: int, where: Runs, target: NDArray[np.uint8]) -> None:
+    """Copy what a part of the file holds of the runs to their places, side by side in target.
+
+    Args:
+        chunk: bytes of the file, from chunk_start on.
+        target: of all runs; run_bytes × count.
+    """
+    chunk_stop = chunk_start + len(chunk)
+    touched = _touched(where, np.array([chunk_start]), np.array([chunk_stop]))
+    first, last = int(touched[0][0]), int(touched[1][0])
+    size, stride = where.run_bytes, where.stride_bytes
+    whole_first = first + (first < last and where.start + first * stride < chunk_start)
+    whole_last = last - (first < last and where.start + (last - 1) * stride + size > chunk_stop)
+    for index in {*range(first, min(whole_first, last)), *range(max(whole_last, first), last)}:  # cut by the edges
+        begin = where.start + index * stride
+        low, high = max(begin, chunk_start), min(begin + size, chunk_stop)
+        target[index * size + low - begin : index * size + high - begin] = chunk[low - chunk_start : high - chunk_start]
+    if whole_first < whole_last:
+        count = whole_last - whole_first
+        source = chunk[where.start + whole_first * stride - chunk_start :]
+        rows = np.lib.stride_tricks.as_strided(source, (count, size), (stride, 1), writeable=False)
+        target[whole_first * size : whole_last * size].reshape(count, size)[:] = rows
+
+
+def _touched(
+    where: Runs, start: NDArray[np.int64], stop: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The runs of which ``[start, stop)`` holds a byte: the first one's number, and the last one's + 1."""
+    stride = max(1, where.stride_bytes)
+    first = np.maximum(0, (start - where.start - where.run_bytes) // stride + 1)
+    last = np.minimum(where.count if where.run_bytes else 0, -(-(stop - where.start) // stride))
+    return first, last
 
 
 def last_reads(span: Span, reads: NDArray[np.int64]) -> Sequence[int]:

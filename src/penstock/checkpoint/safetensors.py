@@ -11,34 +11,15 @@ import json
 import os
 import stat
 import struct
-from collections.abc import Mapping
-from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from penstock.checkpoint.base import DTYPE_BITS, FileIdentity, TensorInfo, identity, open_regular
+from penstock.checkpoint.base import BLOCKS, DTYPE_BITS, FileIdentity, Header, TensorInfo, identity, open_regular
 from penstock.errors import CheckpointError
 
 _LENGTH = struct.Struct("<Q")
 LARGEST_HEADER_BYTES = 100_000_000  # as safetensors' own parser
 METADATA = "__metadata__"
-
-
-@dataclass(frozen=True, slots=True)
-class Header:
-    """One file's header.
-
-    Attributes:
-        file: to be compared when the tensors are read.
-        tensors: in file order.
-        metadata: strings of the writer's own.
-        data_start: where the first tensor's bytes begin.
-    """
-
-    file: FileIdentity
-    tensors: tuple[TensorInfo, ...]
-    metadata: Mapping[str, str]
-    data_start: int
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
@@ -171,7 +152,7 @@ def _tensor(name: str, value: object, file: FileIdentity, data_start: int) -> Te
         raise wrong(
             f"shape {_short(shape)} of {dtype} takes {bytes_}, and data_offsets {_short(offsets)} hold {stop - start}"
         )
-    return TensorInfo(name, dtype, tuple(shape), file.path, data_start + start, data_start + stop)
+    return TensorInfo(name, dtype, tuple(shape), file.path, data_start + start, data_start + stop, BLOCKS[dtype])
 
 
 def _are_counts(values: object) -> bool:

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 # A program starts on several CPUs at once (numpy's thread pool alone keeps one busy for 0.1 s). What we import is worth
 # 0.2 s of one; where nothing is to be prefetched, it comes after that.
-UNDISTURBED_S = 0.15
+_UNDISTURBED_S = 0.15
+_COLLECT_S = 0.04  # of what is read by mapping it, a ring holds some 0.2 s
 
 OWN_FAILURE = 125  # penstock itself failed and the command did not run; as env, timeout and docker run count
 _NOT_FOUND, _NOT_EXECUTABLE = 127, 126
@@ -82,8 +83,11 @@ class Launched:
 
     def run_ahead(self) -> None:
         """Leave the program alone while it starts, if all that happens meanwhile is recorded anyway."""
-        if self.instance is not None:
-            self.program.wait_ended(UNDISTURBED_S)
+        if self.instance is None:
+            return
+        until = time.monotonic() + _UNDISTURBED_S
+        while (left_s := until - time.monotonic()) > 0 and not self.program.wait_ended(min(left_s, _COLLECT_S)):
+            self.instance.collect()
 
     def wait(self) -> int:
         """Wait for the program's end; returns the exit code that stands for it."""

@@ -77,6 +77,8 @@ def _begin(launched: Launched, policy: Policy | None) -> Session:
         gc.enable()
     launched.release()
     launched.give_way.end()
+    if launched.instance is not None:
+        launched.instance.collect()
     session = Session(
         SessionOptions(
             command=options.command,

@@ -85,13 +85,13 @@ class Program:
         for number in _FROM_TERMINAL:
             signal.signal(number, leave_to_group)
 
-    def wait_ended(self, timeout_s: float) -> None:
-        """Wait for it to end, but no longer than that."""
+    def wait_ended(self, timeout_s: float) -> bool:
+        """Wait for it to end, but no longer than that; returns whether it has."""
         import select
 
         poll = select.poll()
         poll.register(self._pidfd, select.POLLIN)
-        poll.poll(timeout_s * 1000)
+        return bool(poll.poll(timeout_s * 1000))
 
     def wait(self) -> int:
         """Wait for it to end; returns its wait status."""

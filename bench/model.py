@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+from bench.direct import opened
 from bench.errors import BenchError
-from bench.page_cache.direct import opened
 from penstock.units import MiB, format_size
 
 _READ_BYTES = 8 * MiB

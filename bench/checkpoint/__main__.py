@@ -1,0 +1,303 @@
+"""The command line of the benchmark; the package's docstring has the method."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from bench.checkpoint.loaders import ARMS, NEEDS
+from bench.direct import bandwidth, fio_bandwidth
+from bench.errors import BenchError, RunError
+from bench.machine import describe
+from bench.memory import Ballast, resident_share
+from bench.model import generate
+from penstock.testing.checkpoint import safetensors_header, write_file
+from penstock.testing.shapes import TensorSpec
+from penstock.units import MiB, format_size, parse_size
+
+_OURS = "penstock"
+_NOT_PEERS = {"penstock", "penstock-uring", "readinto"}
+_EXPERTS = 20_000
+_LEAST_OF_LIMIT = {"model": 0.95, "experts": 0.8}
+_SLACK_BYTES = 256 * MiB
+_MOST_CACHED = 0.01
+_TIMEOUT_S = 300
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One load."""
+
+    seconds: float
+    cpu_s: float
+    peak_bytes: int
+    cached_share: float  # of the files, in the page cache afterwards
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  python -m bench.checkpoint --size 6GiB --dir /mnt/nvme
+  python -m bench.checkpoint --arms penstock,safetensors --states warm
+  python -m bench.checkpoint --quick
+"""
+)
+@click.option("--size", default="6GiB", show_default=True, help="Of the model; a third of it in 20,000 small tensors.")
+@click.option("--rounds", default=5, show_default=True, type=click.IntRange(min=1))
+@click.option("--arms", default=",".join(ARMS), show_default=True, help="Which loaders.")
+@click.option("--states", default="cold,warm", show_default=True, help="cold: none of it cached; warm: all of it.")
+@click.option(
+    "--dir",
+    "directory",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="For the models and ballast; on the disk to measure.  [default: the user's cache]",
+)
+@click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Every run.")
+@click.option("--quick", is_flag=True, help="Tiny models, one round, no ballast, no bars.")
+def main(
+    size: str, rounds: int, arms: str, states: str, directory: Path | None, json_path: Path | None, quick: bool
+) -> None:
+    """How fast a checkpoint gets into memory, by penstock and by others."""
+    console = Console() if sys.stdout.isatty() else Console(width=132)
+    if quick:
+        size, rounds = "24MiB", 1
+    names = arms.split(",")
+    if unknown := [name for name in names if name not in ARMS]:
+        raise click.ClickException(f"--arms: {unknown[0]!r} is none of {', '.join(ARMS)}")
+    wanted_states = states.split(",")
+    if unknown := [state for state in wanted_states if state not in ("cold", "warm")]:
+        raise click.ClickException(f"--states: {unknown[0]!r} is neither cold nor warm")
+    for name in list(names):
+        if find_spec(NEEDS[name]) is None:
+            console.print(f"skipped: {name}: {NEEDS[name]} is not installed", style="yellow", highlight=False)
+            names.remove(name)
+    try:
+        failed = _bench(console, parse_size(size), rounds, names, wanted_states, directory, json_path, quick)
+    except (BenchError, RunError) as error:
+        raise click.ClickException(str(error)) from error
+    sys.exit(failed)
+
+
+def _bench(
+    console: Console,
+    size_bytes: int,
+    rounds: int,
+    names: list[str],
+    states: list[str],
+    directory: Path | None,
+    json_path: Path | None,
+    quick: bool,
+) -> bool:
+    directory = directory or _default_directory()
+    directory.mkdir(parents=True, exist_ok=True)
+    preset = "tiny-llama" if quick else "llama-3.2-3b"
+    models = {
+        "model": generate(directory, preset=preset, size_bytes=size_bytes, gguf=False).directory,
+        "experts": _experts(directory, size_bytes // 3, 200 if quick else _EXPERTS),
+    }
+    machine = describe(directory)
+    runs: dict[tuple[str, str, str], list[Run]] = {}
+    limits: dict[str, list[float]] = {model: [] for model in models}
+    with Ballast(None if quick else directory / "ballast") as memory:
+        for number in range(rounds + 1):
+            for model, place in models.items():
+                files = sorted(place.glob("*.safetensors"))
+                if number:
+                    memory.make_cold(files)
+                    limits[model].append(_limit(files, quick))
+                for state in states:
+                    _round(console, memory, runs, (model, place, files), state, names, number)
+    if not quick:
+        for name, value in machine.lines():
+            console.print(f"{name:12} {value}", highlight=False)
+    for model in models:
+        for state in states:
+            console.print(_table(model, state, runs, names, limits[model]))
+    good = quick or _verdicts(console, runs, names, models, states, limits)
+    if json_path is not None:
+        rows = [
+            {"model": model, "state": state, "arm": arm, "runs": [asdict(run) for run in values]}
+            for (model, state, arm), values in runs.items()
+        ]
+        answer = {"machine": asdict(machine), "limits_bytes_per_s": limits, "rows": rows}
+        json_path.write_text(json.dumps(answer, indent=1) + "\n")
+    return not good
+
+
+def _round(
+    console: Console,
+    memory: Ballast,
+    runs: dict[tuple[str, str, str], list[Run]],
+    model: tuple[str, Path, list[Path]],
+    state: str,
+    names: Sequence[str],
+    number: int,
+) -> None:
+    title, place, files = model
+    first = number % len(names)
+    hashes: dict[str, dict[str, str]] = {}
+    for name in [*names[first:], *names[:first]]:
+        answer = _run(memory, name, place, files, state, hashing=number == 0)
+        if number == 0:
+            if answer["tensors"]:
+                hashes[name] = answer["hashes"]
+            words = "verified"
+        else:
+            run = Run(answer["seconds"], answer["cpu_s"], answer["peak_bytes"], answer["cached_share"])
+            runs.setdefault((title, state, name), []).append(run)
+            words = f"{run.seconds:.2f} s"
+        console.print(f"round {number}  {title}  {state}  {name}  {words}", highlight=False)
+    if number == 0:
+        reference = next(iter(hashes), None)
+        for name, found in hashes.items():
+            if found != hashes[reference or name]:
+                wrong = [key for key in found if found[key] != hashes[reference or name].get(key)]
+                raise RunError(f"{name} and {reference} differ in {wrong[:3] or 'their names'}")
+
+
+def _run(memory: Ballast, name: str, place: Path, files: list[Path], state: str, *, hashing: bool) -> dict[str, Any]:
+    command = [sys.executable, "-m", "bench.checkpoint.loaders", name, str(place), *["--hash"] * hashing]
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            cwd=Path(__file__).parents[2],
+        )
+        try:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            ready = process.stdout.readline()
+            if ready == "ready\n":
+                if state == "cold":
+                    memory.make_cold(files)
+                else:
+                    memory.make_resident(files)
+                memory.fill()
+                process.stdin.write("go\n")
+                process.stdin.flush()
+            text = process.stdout.read()
+            process.wait(_TIMEOUT_S)
+        finally:
+            process.kill()
+            process.wait()
+        if process.returncode:
+            errors.seek(0)
+            raise RunError(f"{name} ended with {process.returncode}: {errors.read().strip()[-2000:]}")
+    answer: dict[str, Any] = json.loads(text.strip().splitlines()[-1])
+    answer["cached_share"] = resident_share(files)
+    return answer
+
+
+def _experts(directory: Path, size_bytes: int, count: int) -> Path:
+    """A checkpoint of many small tensors, as a mixture of experts has them."""
+    place = directory / f"experts-{count}-{size_bytes}"
+    path = place / "model.safetensors"
+    if not path.exists():
+        place.mkdir(exist_ok=True)
+        rows = max(1, size_bytes // count // 2 // 256)
+        kinds = ("gate", "up", "down")
+        names = [
+            f"model.layers.{number // 384}.mlp.experts.{number % 384 // 3}.{kinds[number % 3]}_proj.weight"
+            for number in range(count)
+        ]
+        specs = [TensorSpec(name, "BF16", (rows, 256)) for name in names]
+        partial = path.with_suffix(".partial")
+        write_file(partial, safetensors_header(specs), specs, seed=0, progress=None)
+        partial.rename(path)
+    return place
+
+
+def _limit(files: list[Path], quick: bool) -> float:
+    """Bytes a second that the disk gives."""
+    found = None if quick else fio_bandwidth(max(files, key=lambda path: path.stat().st_size))
+    return found or bandwidth(files)
+
+
+def _table(
+    model: str, state: str, runs: dict[tuple[str, str, str], list[Run]], names: Sequence[str], limits: list[float]
+) -> Table:
+    title = f"{'20,000 small tensors' if model == 'experts' else 'a model'}, {state}"
+    if state == "cold":
+        title += f"; the disk: {median(limits) / 1e9:.2f} GB/s"
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for column in ("arm", "seconds", "least–most", "CPU s", "peak", "cached after"):
+        table.add_column(column, justify="left" if column == "arm" else "right")
+    for name in names:
+        values = runs[model, state, name]
+        seconds = [value.seconds for value in values]
+        table.add_row(
+            name,
+            f"{median(seconds):.2f}",
+            f"{min(seconds):.2f}–{max(seconds):.2f}",
+            f"{median(value.cpu_s for value in values):.2f}",
+            format_size(median(value.peak_bytes for value in values)),
+            f"{median(value.cached_share for value in values):.1%}",
+        )
+    return table
+
+
+def _verdicts(
+    console: Console,
+    runs: dict[tuple[str, str, str], list[Run]],
+    names: Sequence[str],
+    models: dict[str, Path],
+    states: Sequence[str],
+    limits: dict[str, list[float]],
+) -> bool:
+    passed = True
+
+    def verdict(text: str, value: float, least: float | None = None, most: float | None = None) -> None:
+        nonlocal passed
+        good = (least is None or value >= least) and (most is None or value <= most)
+        passed = passed and good
+        bar = f"≥ {least}" if least is not None else f"≤ {most}"
+        console.print(f"{'PASS' if good else 'FAIL'}  {text}: {value:.3f} {bar}", highlight=False)
+
+    peers = [name for name in names if name not in _NOT_PEERS]
+    for model, place in models.items():
+        size_bytes = sum(path.stat().st_size for path in place.glob("*.safetensors"))
+        for state in states:
+            ours = runs[model, state, _OURS]
+            best = {}
+            for peer in peers:
+                pairs = zip(runs[model, state, peer], ours, strict=True)
+                best[peer] = median(theirs.seconds / mine.seconds for theirs, mine in pairs)
+            if state == "cold":
+                share = median(
+                    size_bytes / mine.seconds / limit for mine, limit in zip(ours, limits[model], strict=True)
+                )
+                verdict(f"{model}, cold: share of the disk's rate", share, least=_LEAST_OF_LIMIT[model])
+                cached = median(mine.cached_share for mine in ours)
+                verdict(f"{model}, cold: share of the files cached afterwards", cached, most=_MOST_CACHED)
+            if best:
+                peer = min(best, key=lambda name: best[name])
+                least = 1.2 if state == "cold" and model == "model" else 1.0
+                verdict(f"{model}, {state}: times as fast as {peer}, the best peer", best[peer], least=least)
+            over = median(mine.peak_bytes for mine in ours) - size_bytes
+            verdict(f"{model}, {state}: MiB of memory beside the checkpoint", over / MiB, most=_SLACK_BYTES / MiB)
+    return passed
+
+
+def _default_directory() -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "penstock-bench"
+
+
+if __name__ == "__main__":
+    main()

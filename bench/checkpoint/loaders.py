@@ -1,0 +1,155 @@
+"""One arm in a process of its own: ``python -m bench.checkpoint.loaders ARM DIR [--hash]``.
+
+Writes "ready", waits for a line, loads, and writes a JSON object.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def _penstock(directory: Path, engine: str = "auto") -> Callable[[], dict[str, Any]]:
+    import torch
+
+    import penstock
+    from penstock.checkpoint import load
+
+    del torch, load
+    return lambda: penstock.load_checkpoint(directory, engine=engine)
+
+
+def _safetensors(directory: Path, backend: str = "mmap") -> Callable[[], dict[str, Any]]:
+    from safetensors.torch import load_file
+
+    def load() -> dict[str, Any]:
+        found = {}
+        for path in _files(directory):
+            for name, tensor in load_file(path, backend=backend).items():
+                found[name] = tensor.clone() if backend == "mmap" else tensor
+        return found
+
+    return load
+
+
+def _runai(directory: Path) -> Callable[[], dict[str, Any]]:
+    from runai_model_streamer import SafetensorsStreamer
+
+    def load() -> dict[str, Any]:
+        with SafetensorsStreamer() as streamer:
+            streamer.stream_files([str(path) for path in _files(directory)])
+            return dict(streamer.get_tensors())
+
+    return load
+
+
+def _fastsafetensors(directory: Path) -> Callable[[], dict[str, Any]]:
+    from fastsafetensors import SafeTensorsFileLoader
+
+    def load() -> dict[str, Any]:
+        loader = SafeTensorsFileLoader(None, device="cpu", nogds=True)
+        loader.add_filenames({0: [str(path) for path in _files(directory)]})
+        buffers = loader.copy_files_to_device()
+        found = {name: buffers.get_tensor(name) for name in loader.get_keys()}
+        found[""] = buffers  # holds their memory
+        return found
+
+    return load
+
+
+def _readinto(directory: Path) -> Callable[[], dict[str, Any]]:
+    import numpy as np
+
+    def load() -> dict[str, Any]:
+        found = {}
+        for path in _files(directory):
+            memory = np.empty(path.stat().st_size, np.uint8)
+            with path.open("rb", buffering=0) as file:
+                at = 0
+                while got := file.readinto(memory[at:].data):
+                    at += got
+            found[f"/{path.name}"] = memory
+        return found
+
+    return load
+
+
+ARMS: dict[str, Callable[[Path], Callable[[], dict[str, Any]]]] = {
+    "penstock": _penstock,
+    "penstock-uring": lambda directory: _penstock(directory, "uring"),
+    "safetensors": _safetensors,
+    "safetensors-pread": lambda directory: _safetensors(directory, "pread"),
+    "runai": _runai,
+    "fastsafetensors": _fastsafetensors,
+    "readinto": _readinto,
+}
+NEEDS = {
+    "penstock": "torch", "penstock-uring": "torch", "safetensors": "safetensors", "safetensors-pread": "safetensors",
+    "runai": "runai_model_streamer", "fastsafetensors": "fastsafetensors", "readinto": "numpy",
+}  # fmt: skip
+
+
+def _files(directory: Path) -> list[Path]:
+    return sorted(directory.glob("*.safetensors"))
+
+
+def _bytes_of(tensor: Any) -> memoryview:
+    import numpy as np
+
+    if isinstance(tensor, np.ndarray):
+        return memoryview(tensor).cast("B")
+    import torch
+
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _hashes(found: dict[str, Any]) -> dict[str, str]:
+    return {
+        name: hashlib.blake2b(_bytes_of(tensor), digest_size=16).hexdigest() if tensor.numel() else ""
+        for name, tensor in found.items()
+        if name and not name.startswith("/")
+    }
+
+
+def _status(name: str) -> int:
+    with open("/proc/self/status", encoding="ascii") as file:
+        return next(int(line.split()[1]) << 10 for line in file if line.startswith(f"{name}:"))
+
+
+def main() -> None:
+    """One load."""
+    load = ARMS[sys.argv[1]](Path(sys.argv[2]))
+    print("ready", flush=True)
+    sys.stdin.readline()
+    with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+        file.write("5")  # the peak counts from here
+    before_bytes = _status("VmRSS")
+    cpu = os.times()
+    begun_s = time.perf_counter()
+    found = load()
+    seconds = time.perf_counter() - begun_s
+    after = os.times()
+    answer: dict[str, Any] = {
+        "seconds": seconds,
+        "cpu_s": after.user - cpu.user + after.system - cpu.system,
+        "peak_bytes": _status("VmHWM") - before_bytes,
+        "anonymous_bytes": _status("RssAnon"),
+        "tensors": sum(1 for name in found if name and not name.startswith("/")),
+    }
+    if "--hash" in sys.argv:
+        answer["hashes"] = _hashes(found)
+    statistics = getattr(found, "statistics", None)
+    if statistics is not None:
+        answer["engine"] = statistics.engine
+        answer["cached_bytes"] = statistics.cached_bytes
+    print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()
