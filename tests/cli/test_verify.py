@@ -84,4 +84,4 @@ def test_an_index_by_its_name(tmp_path: Path) -> None:
 def test_nothing_there(tmp_path: Path) -> None:
     result = run(tmp_path)
     assert result.exit_code == 1
-    assert "no *.safetensors file is there" in result.stderr
+    assert "neither a *.safetensors nor a *.gguf file is there" in result.stderr

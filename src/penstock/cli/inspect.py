@@ -25,7 +25,7 @@ Examples:
 def inspect(path: Path, sort: str, as_json: bool) -> None:
     """List the tensors of a checkpoint with their dtypes, shapes and sizes.
 
-    PATH is a safetensors file, an index, or a directory with either. Only headers are read.
+    PATH is a safetensors or GGUF file, an index, or a directory with such files. Only headers are read.
     """
     from penstock.checkpoint.files import open_checkpoint
 

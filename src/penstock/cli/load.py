@@ -35,7 +35,7 @@ Examples:
 def load(context: click.Context, path: Path, device: str, engine: EngineName, as_json: bool) -> None:
     """Load a checkpoint past the page cache, and tell how fast that was.
 
-    PATH is a safetensors file, an index, or a directory with either. Each tensor is let go once it is whole, so the
+    PATH is a safetensors or GGUF file, an index, or a directory with such files. Each tensor is let go once it is whole, so the
     checkpoint may be larger than memory only by what has landed meanwhile.
     """
     from rich.console import Console

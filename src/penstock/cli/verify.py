@@ -27,7 +27,7 @@ Examples:
 def verify(context: click.Context, path: Path, checksum: bool) -> None:
     """Check headers, offsets and sizes of every file, and the index against the shards.
 
-    PATH is a safetensors file, an index, or a directory with either. Everything that is wrong is named, not only the
+    PATH is a safetensors or GGUF file, an index, or a directory with such files. Everything that is wrong is named, not only the
     first of it; the exit status is 1 then.
     """
     problems = 0
@@ -46,11 +46,11 @@ def verify(context: click.Context, path: Path, checksum: bool) -> None:
 
 
 def _files(path: Path) -> list[Path]:
-    """The safetensors files that belong to it, as far as they are there."""
+    """The weight files that belong to it, as far as they are there."""
     from penstock.checkpoint.files import INDEX_SUFFIX, read_index
 
     if path.is_dir():
-        return sorted(entry for entry in path.iterdir() if entry.name.endswith(".safetensors"))
+        return sorted(entry for entry in path.iterdir() if entry.name.endswith((".safetensors", ".gguf")))
     if path.name.endswith(INDEX_SUFFIX):
         try:
             names = sorted(set(read_index(path).values()))
@@ -62,8 +62,7 @@ def _files(path: Path) -> list[Path]:
 
 def _problems(path: Path, files: list[Path]) -> Iterator[str]:
     from penstock.checkpoint.base import TensorInfo
-    from penstock.checkpoint.files import INDEX_SUFFIX, read_index
-    from penstock.checkpoint.safetensors import read_header
+    from penstock.checkpoint.files import INDEX_SUFFIX, read_header, read_index
 
     found: dict[str, TensorInfo] = {}
     broken: set[Path] = set()
@@ -71,7 +70,9 @@ def _problems(path: Path, files: list[Path]) -> Iterator[str]:
         try:
             for tensor in read_header(file).tensors:
                 twin = found.setdefault(tensor.name, tensor)
-                if twin is not tensor:
+                if (
+                    twin is not tensor and Path(twin.path).suffix == file.suffix
+                ):  # two formats of one model are no problem
                     yield f"{file}: tensor {tensor.name!r} is in {twin.path} as well"
         except (CheckpointError, OSError) as error:
             broken.add(file)
@@ -80,7 +81,7 @@ def _problems(path: Path, files: list[Path]) -> Iterator[str]:
     if path.is_dir():
         indices = sorted(entry for entry in path.iterdir() if entry.name.endswith(INDEX_SUFFIX))
     if not files and not indices:
-        yield f"{path}: no *.safetensors file is there"
+        yield f"{path}: neither a *.safetensors nor a *.gguf file is there"
     for index in indices:
         try:
             located = read_index(index)
