@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from penstock.errors import CheckpointError
+from penstock.errors import CheckpointError, PenstockError
 from penstock.units import MiB, format_size
 
 _READ_BYTES = 4 * MiB
@@ -27,8 +27,8 @@ Examples:
 def verify(context: click.Context, path: Path, checksum: bool) -> None:
     """Check headers, offsets and sizes of every file, and the index against the shards.
 
-    PATH is a safetensors or GGUF file, an index, or a directory with such files. Everything that is wrong is named, not only the
-    first of it; the exit status is 1 then.
+    PATH is a safetensors or GGUF file, an index, or a directory with such files. Everything that is wrong is named, not
+    only the first of it; the exit status is 1 then.
     """
     problems = 0
     files = _files(path)
@@ -74,7 +74,7 @@ def _problems(path: Path, files: list[Path]) -> Iterator[str]:
                     twin is not tensor and Path(twin.path).suffix == file.suffix
                 ):  # two formats of one model are no problem
                     yield f"{file}: tensor {tensor.name!r} is in {twin.path} as well"
-        except (CheckpointError, OSError) as error:
+        except (PenstockError, OSError) as error:
             broken.add(file)
             yield str(error)
     indices = [path] if path.name.endswith(INDEX_SUFFIX) else []
@@ -85,7 +85,7 @@ def _problems(path: Path, files: list[Path]) -> Iterator[str]:
     for index in indices:
         try:
             located = read_index(index)
-        except (CheckpointError, OSError) as error:
+        except (PenstockError, OSError) as error:
             yield str(error)
             continue
         shards = {name: index.parent / name for name in set(located.values())}
