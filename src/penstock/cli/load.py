@@ -35,7 +35,7 @@ Examples:
 def load(context: click.Context, path: Path, device: str, engine: EngineName, as_json: bool) -> None:
     """Load a checkpoint past the page cache, and tell how fast that was.
 
-    PATH is a safetensors or GGUF file, an index, or a directory with such files. Each tensor is let go once it is whole.
+    PATH is a safetensors or GGUF file, an index, or a directory with such files. Each tensor is let go as it is whole.
     """
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn

@@ -1,0 +1,1 @@
+"""penstock inside other libraries: the only place where their interfaces appear."""
