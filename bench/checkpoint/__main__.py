@@ -112,14 +112,17 @@ def _bench(
     runs: dict[tuple[str, str, str], list[Run]] = {}
     limits: dict[str, list[float]] = {model: [] for model in models}
     with Ballast(None if quick else directory / "ballast") as memory:
-        for number in range(rounds + 1):
+        for number in [0] if quick else range(rounds + 1):
             for model, place in models.items():
                 files = sorted(place.glob("*.safetensors"))
-                if number:
+                if number or quick:
                     memory.make_cold(files)
                     limits[model].append(_limit(files, quick))
                 for state in states:
-                    _round(console, memory, runs, (model, place, files), state, names, number)
+                    found = _round(console, memory, (model, place, files), state, names, number)
+                    if number or quick:
+                        for name, run in found.items():
+                            runs.setdefault((model, state, name), []).append(run)
     if not quick:
         for name, value in machine.lines():
             console.print(f"{name:12} {value}", highlight=False)
@@ -140,32 +143,30 @@ def _bench(
 def _round(
     console: Console,
     memory: Ballast,
-    runs: dict[tuple[str, str, str], list[Run]],
     model: tuple[str, Path, list[Path]],
     state: str,
     names: Sequence[str],
     number: int,
-) -> None:
+) -> dict[str, Run]:
+    """Each arm once; in round 0 what they loaded is compared."""
     title, place, files = model
+    runs: dict[str, Run] = {}
     first = number % len(names)
     hashes: dict[str, dict[str, str]] = {}
     for name in [*names[first:], *names[:first]]:
         answer = _run(memory, name, place, files, state, hashing=number == 0)
-        if number == 0:
-            if answer["tensors"]:
-                hashes[name] = answer["hashes"]
-            words = "verified"
-        else:
-            run = Run(answer["seconds"], answer["cpu_s"], answer["peak_bytes"], answer["cached_share"])
-            runs.setdefault((title, state, name), []).append(run)
-            words = f"{run.seconds:.2f} s"
-        console.print(f"round {number}  {title}  {state}  {name}  {words}", highlight=False)
+        run = runs[name] = Run(answer["seconds"], answer["cpu_s"], answer["peak_bytes"], answer["cached_share"])
+        if number == 0 and answer["tensors"]:
+            hashes[name] = answer["hashes"]
+        words = f"round {number}" if number else "verifying"
+        console.print(f"{words}  {title}  {state}  {name}  {run.seconds:.2f} s", highlight=False)
     if number == 0:
         reference = next(iter(hashes), None)
         for name, found in hashes.items():
             if found != hashes[reference or name]:
                 wrong = [key for key in found if found[key] != hashes[reference or name].get(key)]
                 raise RunError(f"{name} and {reference} differ in {wrong[:3] or 'their names'}")
+    return runs
 
 
 def _run(memory: Ballast, name: str, place: Path, files: list[Path], state: str, *, hashing: bool) -> dict[str, Any]:

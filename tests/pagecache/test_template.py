@@ -426,7 +426,7 @@ def in_chunks(name: str, start: int, stop: int, chunk_bytes: int = MiB) -> Itera
 
 def interleaved(readers: Sequence[Iterator[Read]], seed: int = 0) -> Iterator[Read]:
     """Threads of one process, each at its own speed."""
-    order = random.Random(seed)  # noqa: S311
+    order = random.Random(seed)
     alive = list(readers)
     while alive:
         reader = order.choice(alive)
@@ -481,7 +481,7 @@ class TestRecording:
     @pytest.mark.parametrize("size_bytes", [6 * GiB, 1 << 42])
     def test_a_reader_without_an_order_is_bounded(self, size_bytes: int) -> None:
         """In memory and in time: a service that reads pages at random for days."""
-        order = random.Random(5)  # noqa: S311
+        order = random.Random(5)
         recorder = GroupRecorder()
         for _ in range(70_000):
             start = order.randrange(size_bytes // PAGE_BYTES) * PAGE_BYTES
@@ -538,7 +538,7 @@ class TestSize:
     def test_the_beginning_of_every_tensor_first(self, model: Model) -> None:
         """As transformers reads: metadata, a touch of each tensor, then the tensors in an order of its own."""
         touches = [(name, start, start + 64 * KiB) for name, start, _ in model.tensors]
-        order = random.Random(1).sample(model.tensors, len(model.tensors))  # noqa: S311
+        order = random.Random(1).sample(model.tensors, len(model.tensors))
         reads = itertools.chain(touches, *(in_chunks(*tensor) for tensor in order))
         self.check(model.template([reads]), model)
 

@@ -39,19 +39,24 @@ def test_without_threads() -> None:
         ThreadEngine(0)
 
 
-def test_an_unforeseen_failure_comes_back_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # what ends it is meant to
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "torn"), MemoryError(), SystemExit(3)])
+def test_whatever_befalls_a_thread_the_request_comes_back_and_the_engine_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(8 * KiB))
 
     def fail(fd: int, buffers: list[memoryview], offset: int) -> int:
-        raise OSError(errno.EIO, "torn")
+        raise error
 
     with open(path, "rb") as file, ThreadEngine(2) as engine:
         number, buffer = engine.add_file(file.fileno()), engine.add_buffer(bytearray(8 * KiB))
         request = batch(READ, file=[number], offset=[0], length=[4096], buffer=[buffer], buffer_offset=[0])
         with monkeypatch.context() as patch:
             patch.setattr(os, "preadv", fail)
-            engine.submit(request)
-            assert engine.wait(1)["result"].tolist() == [-errno.EIO]
+            for _ in range(5):  # more than there are threads
+                engine.submit(request)
+                assert engine.wait(1)["result"].tolist() == [-errno.EIO]
         engine.submit(request)
         assert engine.wait(1)["result"].tolist() == [4096]

@@ -47,13 +47,17 @@ class ThreadEngine(Engine):
 
     def _submit(self, requests: Requests) -> None:
         with self._lock:
-            while len(self._threads) < min(self._thread_count, len(self._queue) + self._active + len(requests)):
-                name = f"penstock-engine-{len(self._threads)}"
-                thread = threading.Thread(target=self._serve, name=name, daemon=True)
-                thread.start()
-                self._threads.append(thread)
             self._queue.extend(requests.tolist())
+            self._start_threads()
             self._work.notify(len(requests))
+
+    def _start_threads(self) -> None:
+        """As many as there is work for. Needs the lock."""
+        while len(self._threads) < min(self._thread_count, len(self._queue) + self._active):
+            name = f"penstock-engine-{len(self._threads)}"
+            thread = threading.Thread(target=self._serve, name=name, daemon=True)
+            self._threads.append(thread)
+            thread.start()
 
     def _wait(self, count: int, timeout_s: float | None) -> Completions:
         with self._lock:
@@ -74,7 +78,8 @@ class ThreadEngine(Engine):
         with self._lock:
             self._ending = True
             self._work.notify_all()
-        for thread in self._threads:
+            threads = list(self._threads)
+        for thread in threads:
             thread.join()
 
     def _serve(self) -> None:
@@ -86,15 +91,21 @@ class ThreadEngine(Engine):
                     self._work.wait()
                 item = self._queue.popleft()
                 self._active += 1
-            result = -errno.EIO
+            result, is_over = -errno.EIO, True
             try:
                 result = self._transfer(item)
+                is_over = False
             except OSError as error:
-                result = -(error.errno or errno.EIO)
-            finally:  # whatever happens, the request comes back
+                result, is_over = -(error.errno or errno.EIO), False
+            except Exception:  # noqa: BLE001 — MemoryError, for one
+                is_over = False
+            finally:  # whatever ends this thread, the request comes back, and another thread takes up the rest
                 with self._lock:
                     self._active -= 1
                     self._done.append((*item, result))
+                    if is_over:
+                        self._threads.remove(threading.current_thread())
+                        self._start_threads()
                     self._progress.notify_all()
 
     def _transfer(self, item: _Item) -> int:
