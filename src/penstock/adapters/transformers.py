@@ -31,7 +31,7 @@ def from_pretrained(
     Args:
         model_class: a class of models, such as LlamaForCausalLM, or one that chooses, such as AutoModelForCausalLM.
         directory: with config.json and safetensors files, as save_pretrained leaves it.
-        device: ``cpu``.
+        device: as torch names it; another than the CPU takes the package accelerate, as transformers does.
         engine: as for `penstock.load_checkpoint`.
         progress: called with the bytes that have landed since the last call.
         options: passed to transformers, such as dtype or attn_implementation. With another dtype than the checkpoint's
@@ -53,6 +53,8 @@ def from_pretrained(
             f"{directory}: the checkpoint is quantised; load it with transformers' own from_pretrained"
         )
     tensors = load_checkpoint(directory, device=device, engine=engine, progress=progress)
+    if device != "cpu":
+        options.setdefault("device_map", {"": device})  # else transformers moves it all to the CPU
     chosen = _class_for(model_class, config)
     model = chosen.from_pretrained(None, config=config, state_dict=dict(tensors), **{"dtype": "auto"} | options)
     model.name_or_path = model.config.name_or_path = str(directory)  # else it is that of no directory

@@ -70,6 +70,10 @@ class Torch(Framework):
             return self._torch.empty(shape, dtype=dtype)
         return self._torch.frombuffer(_aligned(tensor, memory), dtype=dtype).reshape(shape)
 
+    def on_device(self, tensor: TensorInfo, memory: Any) -> Any:
+        """A tensor over its bytes on a device, a torch tensor of uint8 of their number."""
+        return memory.view(self._dtype(tensor)).reshape(_stored_shape(tensor))
+
 
 class Numpy(Framework):
     """numpy.ndarray. What numpy itself has no dtype for takes the package ml_dtypes."""

@@ -44,6 +44,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     name = os.fspath(path)
     fd = open_regular(name)
     try:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # else the page cache gets what follows the header as well
         return _parse(_Cursor(fd, identity(name, os.fstat(fd))))
     finally:
         os.close(fd)

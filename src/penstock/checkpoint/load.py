@@ -12,12 +12,15 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from penstock.checkpoint.base import TensorInfo
 from penstock.checkpoint.files import Checkpoint, open_checkpoint
-from penstock.checkpoint.frameworks import Framework, FrameworkName, framework_named
+from penstock.checkpoint.frameworks import Framework, FrameworkName, Torch, framework_named
 from penstock.checkpoint.plan import Runs, Slice, runs, spans
 from penstock.checkpoint.reading import BUFFERED, CACHED, DIRECT, SliceReader, SourceFile, SpanReader
+from penstock.checkpoint.sending import DeviceReader, to_device
+from penstock.device.choose import open_device
 from penstock.errors import CheckpointError, UnsupportedError
 from penstock.storage.base import Engine
 from penstock.storage.choose import EngineName, create_engine
@@ -68,7 +71,7 @@ def load_file(
 
     Args:
         path: of the file.
-        device: ``cpu``.
+        device: as torch names it: ``cpu``, ``cuda``, ``cuda:1``.
         framework: ``torch`` or ``numpy``.
         engine: by name, or one that is there; it stays open then, and nobody else may wait for it meanwhile. ``auto``
             is threads: each begins reads and so pays for its share of fresh memory.
@@ -119,7 +122,7 @@ def stream_checkpoint(
 
     Args:
         path: a safetensors file, an index, or a directory with either.
-        device: ``cpu``.
+        device: as torch names it: ``cpu``, ``cuda``, ``cuda:1``.
         names: of the tensors wanted; all by default.
         slices: the part that is wanted of a tensor, by its name.
         framework: ``torch`` or ``numpy``.
@@ -152,12 +155,11 @@ class CheckpointLoad:
         engine: EngineName | Engine = "auto",
         progress: Progress | None = None,
     ) -> None:
-        if device != "cpu":
-            raise UnsupportedError(
-                f"device {device!r}: tensors are loaded into host memory so far; move them from there"
-            )
         self._began_s = time.perf_counter()
         self._framework = framework if isinstance(framework, Framework) else framework_named(framework)
+        self._device = open_device(device)
+        if self._device is not None and not isinstance(self._framework, Torch):
+            raise UnsupportedError(f"device {device!r}: only torch has tensors there, so framework must be 'torch'")
         self._progress = progress or (lambda _: None)
         self._closing = contextlib.ExitStack()
         self._counts: dict[int, int] = {DIRECT: 0, CACHED: 0, BUFFERED: 0}
@@ -183,9 +185,9 @@ class CheckpointLoad:
     def _choose(self, engine: EngineName | Engine) -> tuple[Engine, str]:
         if isinstance(engine, Engine):
             return engine, ""
-        # The memory is fresh, and whoever begins a read pays for its pages: 6.4 GB took 2.2 to 2.9 s with eight
-        # threads, 3.8 to 6.2 with one that fills a ring.
-        chosen, fallback = create_engine("threads" if engine == "auto" else engine)
+        # For the CPU the memory is fresh, and whoever begins a read pays for its pages: 6.4 GB took 2.2 to 2.9 s with
+        # eight threads, 3.8 to 6.2 with one that fills a ring.
+        chosen, fallback = create_engine("threads" if engine == "auto" and self._device is None else engine)
         self._closing.enter_context(chosen)
         return chosen, fallback
 
@@ -209,18 +211,38 @@ class CheckpointLoad:
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         for tensor in self._wanted:
             if not tensor.size_bytes:
-                yield tensor.name, self._framework.tensor(tensor, np.zeros(0, np.uint8))
-        for reading in (
-            SpanReader(self._engine, self._spans, self._files, self._counts),
-            SliceReader(self._engine, self._scattered, self._files, self._counts),
-        ):
-            with contextlib.closing(reading):
-                for tensor, memory, landed_bytes in reading:
+                yield tensor.name, self._made(tensor, np.zeros(0, np.uint8))
+        common = (self._engine, self._files, self._counts)
+        with contextlib.ExitStack() as open_:
+            if self._device is not None:
+                sending = open_.enter_context(contextlib.closing(DeviceReader(*common, self._spans, self._device)))
+                with contextlib.closing(iter(sending)) as parts:
+                    for tensor, memory, landed_bytes in parts:
+                        self._progress(landed_bytes)
+                        yield tensor.name, self._on_device(tensor, memory)
+            else:
+                reading = open_.enter_context(contextlib.closing(SpanReader(*common, self._spans)))
+                for tensor, bytes_, landed_bytes in reading:
                     self._progress(landed_bytes)
-                    yield tensor.name, self._framework.tensor(tensor, memory)
+                    yield tensor.name, self._framework.tensor(tensor, bytes_)
+            gathering = open_.enter_context(contextlib.closing(SliceReader(*common, self._scattered)))
+            with contextlib.closing(iter(gathering)) as slices:
+                for tensor, bytes_, landed_bytes in slices:
+                    self._progress(landed_bytes)
+                    yield tensor.name, self._made(tensor, bytes_)
         for file in self._files.values():
             file.check()
         self._seconds = time.perf_counter() - self._began_s
+
+    def _made(self, tensor: TensorInfo, memory: NDArray[np.uint8]) -> Any:
+        """A tensor where it is wanted, of bytes in host memory."""
+        if self._device is None:
+            return self._framework.tensor(tensor, memory)
+        return self._on_device(tensor, to_device(self._device, memory))
+
+    def _on_device(self, tensor: TensorInfo, memory: Any) -> Any:
+        assert isinstance(self._framework, Torch)
+        return self._framework.on_device(tensor, memory)
 
     def close(self) -> None:
         """End it, wherever it is; tensors that were yielded stay."""

@@ -13,7 +13,7 @@ import errno
 import mmap
 import os
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -106,7 +106,7 @@ def _return(mapping: mmap.mmap, start: int, stop: int) -> None:
         mapping.madvise(mmap.MADV_DONTNEED, start, stop - start)
 
 
-class _Reader:
+class Reader:
     """Reads through an engine that is the caller's: what was registered with it goes with `close`."""
 
     def __init__(self, engine: Engine, files: Mapping[str, SourceFile], counts: dict[int, int]) -> None:
@@ -156,11 +156,11 @@ class _Reader:
             self._engine.remove_file(self._numbers.popitem()[1])
 
 
-class SpanReader(_Reader):
+class SpanReader(Reader):
     """The reads of all spans, in order; iterating yields tensors as they are whole."""
 
     def __init__(
-        self, engine: Engine, parts: Sequence[Span], files: Mapping[str, SourceFile], counts: dict[int, int]
+        self, engine: Engine, files: Mapping[str, SourceFile], counts: dict[int, int], parts: Sequence[Span]
     ) -> None:
         super().__init__(engine, files, counts)
         self._arenas = [Arena(span) for span in parts]
@@ -198,7 +198,7 @@ class SpanReader(_Reader):
         self._requests = np.concatenate(requests)
         self._kinds = np.concatenate(kinds)  # [reads]
 
-    def __iter__(self) -> Iterator[tuple[TensorInfo, NDArray[np.uint8], int]]:
+    def __iter__(self) -> Generator[tuple[TensorInfo, NDArray[np.uint8], int]]:
         """Each tensor with its memory, and the bytes that have landed since the one before."""
         self._engine.submit(self._requests)
         is_done = np.zeros(len(self._requests) + 1, bool)  # one more, which never is
@@ -216,20 +216,20 @@ class SpanReader(_Reader):
             landed_bytes = 0
 
 
-class SliceReader(_Reader):
+class SliceReader(Reader):
     """Slices in pieces: what holds them passes through a few blocks of memory, and they are copied out."""
 
     def __init__(
         self,
         engine: Engine,
-        parts: Sequence[tuple[TensorInfo, Runs]],
         files: Mapping[str, SourceFile],
         counts: dict[int, int],
+        parts: Sequence[tuple[TensorInfo, Runs]],
     ) -> None:
         super().__init__(engine, files, counts)
         self._parts = parts
 
-    def __iter__(self) -> Iterator[tuple[TensorInfo, NDArray[np.uint8], int]]:
+    def __iter__(self) -> Generator[tuple[TensorInfo, NDArray[np.uint8], int]]:
         """Each slice with its memory, and the bytes that have landed since the one before."""
         if not self._parts:
             return

@@ -32,6 +32,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     name = os.fspath(path)
     fd = open_regular(name)
     try:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # else the page cache gets what follows the header as well
         status = os.fstat(fd)
         assert stat.S_ISREG(status.st_mode)
         first = os.pread(fd, _LENGTH.size, 0)

@@ -63,7 +63,7 @@ def load(context: click.Context, path: Path, device: str, engine: EngineName, as
                 bar.advance(task, len(memory))
             done = loading.statistics()
             size_bytes = loading.size_bytes
-    except PenstockError as error:
+    except (PenstockError, ValueError, MemoryError) as error:
         raise click.ClickException(str(error)) from error
     except OSError as error:
         raise click.ClickException(f"{error.filename or path}: {error.strerror or error}") from error

@@ -1,0 +1,59 @@
+"""What a device does for someone who brings it bytes: memory, and copies into it that go on meanwhile."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+
+
+class Transfer(ABC):
+    """A copy under way. Its source must stay as it is until it is done."""
+
+    @property
+    @abstractmethod
+    def is_done(self) -> bool:
+        """Whether the source may be used for something else."""
+
+    @abstractmethod
+    def wait(self) -> None:
+        """Until it is done."""
+
+
+class Device(ABC):
+    """Memory that files are not read into directly."""
+
+    name: str  # as torch spells it: cuda:0
+
+    @abstractmethod
+    def allocate(self, size_bytes: int) -> Any:
+        """Memory of the device: a torch tensor of uint8, of one dimension.
+
+        Raises:
+            MemoryError: the device has not so much.
+        """
+
+    @abstractmethod
+    def pin(self, memory: memoryview) -> Callable[[], None]:
+        """Make host memory known to the device, so that it copies from it by itself; returns what undoes that."""
+
+    @abstractmethod
+    def copy(self, target: Any, offset: int, source: memoryview) -> Transfer:
+        """Begin to copy source into memory of `allocate`, from offset on, in bytes."""
+
+    @abstractmethod
+    def publish(self) -> None:
+        """Whatever is computed from now on sees all that was copied so far; does not wait for it."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Wait for all copies."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
