@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import mmap
 import os
 import signal
 import struct
@@ -315,8 +316,12 @@ def test_no_memory(tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPat
     path = tmp_path / "model.safetensors"
     write(path, MIXED)
 
-    def refuse(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+    mapped = mmap.mmap
+
+    def refuse(fd: int, length: int, **options: Any) -> mmap.mmap:
+        if length > 1 * MiB:
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return mapped(fd, length, **options)
 
     monkeypatch.setattr(reading.mmap, "mmap", refuse)
     with pytest.raises(MemoryError, match=r"no .* MiB of memory for its tensors"):

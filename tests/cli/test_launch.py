@@ -102,6 +102,19 @@ def test_what_goes_wrong_afterwards_leaves_the_program_alone(tmp_path: Path, bro
     assert ended.stderr == expected
 
 
+@pytest.mark.parametrize("observer", ["auto", "process"])
+@pytest.mark.parametrize("streams", [">&-", "2>&-", ">&- 2>&-", "2>/dev/full", ">/dev/full 2>/dev/full"])
+def test_closed_streams_change_nothing(tmp_path: Path, observer: str, streams: str) -> None:
+    report = tmp_path / "report.json"
+    program = f'{sys.executable} -c \'open("{tmp_path}/ran", "w"); raise SystemExit(7)\''
+    ours = f"{sys.executable} -c 'from penstock.cli.entry import main; main()' run"
+    command = f"{ours} --observer {observer} --report {report} -- {program} {streams}"
+    ended = subprocess.run(["sh", "-c", command], check=False, timeout=30, stdin=subprocess.DEVNULL)
+    assert ended.returncode == 7
+    assert (tmp_path / "ran").exists()
+    assert report.exists()
+
+
 def test_no_more_is_imported_than_the_program_can_wait_for() -> None:
     code = "import sys, penstock.cli.launch, penstock.linux.janitor, penstock.linux.tracefs; print(*sys.modules)"
     names = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True).stdout

@@ -32,7 +32,7 @@ def test_copies_from_pinned_memory() -> None:
         assert torch.frombuffer(memory, dtype=torch.uint8).is_pinned()
         target = device.allocate(8 * MiB)
         transfers = [device.copy(target, at, memory[at : at + MiB]) for at in range(0, 8 * MiB, MiB)]
-        device.publish()
+        device.publish([target])
         doubled = target.to(torch.int16) * 2  # on the caller's stream
         for transfer in transfers:
             transfer.wait()

@@ -21,7 +21,7 @@ def test_a_copy() -> None:
         transfer = device.copy(target, 500, memoryview(source)[100:900])
         transfer.wait()
         assert transfer.is_done
-        device.publish()
+        device.publish([target])
         unpin()
     assert bytes(target[500:1300].numpy()) == bytes(source[100:900])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import stat
 from collections.abc import Mapping
@@ -122,4 +123,5 @@ def open_regular(path: str | os.PathLike[str], flags: int = os.O_RDONLY) -> int:
         kind = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
         what = kind.get(stat.S_IFMT(mode), "a device")
         raise CheckpointError(f"{os.fspath(path)}: is {what}, not a file")
+    fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_NONBLOCK)
     return fd

@@ -51,7 +51,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """
     path = Path(path)
     if path.is_dir():
-        index, files = _in_directory(path)
+        index, files = files_in(path)
     elif path.name.endswith(INDEX_SUFFIX):
         index, files = path, []
     else:
@@ -94,7 +94,12 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     return gguf.read_header(name) if is_gguf else safetensors.read_header(name)
 
 
-def _in_directory(path: Path) -> tuple[Path | None, list[Path]]:
+def files_in(path: Path) -> tuple[Path | None, list[Path]]:
+    """The index that counts in a directory, or the files where there is none.
+
+    Raises:
+        CheckpointError: there are several indices, or no checkpoint.
+    """
     names = sorted(entry.name for entry in path.iterdir())
     indices = [name for name in names if name.endswith(INDEX_SUFFIX)]
     if f"model{INDEX_SUFFIX}" in indices:

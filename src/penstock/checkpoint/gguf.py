@@ -57,7 +57,8 @@ class _Cursor:
         self.file = file
         self.at = 0
         self._fd = fd
-        self._data = bytearray()
+        self._first = 0  # where the bytes at hand begin in the file
+        self._data = b""
 
     def wrong(self, what: str, at: int | None = None) -> CheckpointError:
         return CheckpointError(f"{self.file.path}: byte {self.at if at is None else at}: {what}")
@@ -70,15 +71,13 @@ class _Cursor:
 
     def take(self, size_bytes: int, what: str) -> bytes:
         self.require(size_bytes, what)
-        stop = self.at + size_bytes
-        while len(self._data) < stop:
-            step = os.pread(self._fd, max(_STEP_BYTES, stop - len(self._data)), len(self._data))
-            if not step:
-                raise self.wrong(f"the file ends within {what}", len(self._data))
-            self._data += step
-        found = bytes(self._data[self.at : stop])
-        self.at = stop
-        return found
+        if self.at + size_bytes > self._first + len(self._data):
+            self._first, self._data = self.at, os.pread(self._fd, max(_STEP_BYTES, size_bytes), self.at)
+            if len(self._data) < size_bytes:
+                raise self.wrong(f"the file ends within {what}", self.at + len(self._data))
+        start = self.at - self._first
+        self.at += size_bytes
+        return self._data[start : start + size_bytes]
 
     def u32(self, what: str) -> int:
         value: int = _U32.unpack(self.take(4, what))[0]
@@ -190,8 +189,9 @@ def _tensor(
     at, name, shape, kind, offset = entry
     dtype, block = _type(cursor, kind, name)
     elements, size_bytes = block
-    if shape and shape[-1] % elements:
-        raise cursor.wrong(f"tensor {name!r} of {dtype}: {shape[-1]} elements in a row are no blocks of {elements}", at)
+    row = shape[-1] if shape else 1
+    if row % elements:
+        raise cursor.wrong(f"tensor {name!r} of {dtype}: {row} elements in a row are no blocks of {elements}", at)
     if offset % alignment:
         raise cursor.wrong(f"tensor {name!r}: its offset {offset} is no multiple of the alignment, {alignment}", at)
     start = data_start + offset

@@ -45,10 +45,16 @@ class SourceFile:
         try:
             self.check()
             self.direct = open_regular(file.path, os.O_RDONLY | os.O_DIRECT)
+            file.check(self.direct)  # opened by its path again: it may have been replaced
+            with mmap.mmap(-1, BLOCK_BYTES) as block:  # some open it so, and then want another alignment
+                os.preadv(self.direct, [block], 0)
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
                 self.close()
                 raise
+            if self.direct >= 0:
+                os.close(self.direct)
+                self.direct = -1
         except CheckpointError:
             self.close()
             raise
@@ -81,8 +87,9 @@ class Arena:
             raise MemoryError(
                 f"{span.path}: no {format_size(size_bytes)} of memory for its tensors: {error.strerror}"
             ) from error
-        with contextlib.suppress(OSError):  # a kernel without huge pages
-            self._mapping.madvise(_MADV_HUGEPAGE)
+        if size_bytes >= HUGE_PAGE_BYTES:
+            with contextlib.suppress(OSError):  # a kernel without huge pages
+                self._mapping.madvise(_MADV_HUGEPAGE)
         address = ctypes.addressof(ctypes.c_char.from_buffer(self._mapping))
         skip_bytes = (self.start - address) % HUGE_PAGE_BYTES
         self.memory: NDArray[np.uint8] = np.frombuffer(self._mapping, np.uint8, size_bytes, skip_bytes)
@@ -146,10 +153,8 @@ class Reader:
             self._counts[kind] += int(done["result"][kinds == kind].sum())
 
     def close(self) -> None:
-        """Cancel what is not read yet, and wait until memory is left alone; a second time does nothing."""
-        self._engine.cancel()
-        while len(self._engine.wait(max(1, self._engine.in_flight))):
-            pass
+        """End what is not read yet, and wait until memory is left alone; a second time does nothing."""
+        self._engine.reset()
         while self._buffers:
             self._engine.remove_buffer(self._buffers.pop())
         while self._numbers:
@@ -172,7 +177,7 @@ class SpanReader(Reader):
             for number, (span, arena) in enumerate(zip(parts, self._arenas, strict=True)):
                 reads = chunks(span.block_start, span.block_stop, READ_BYTES)
                 sources, kind = self._sources(files[span.path], reads)
-                buffer = engine.add_buffer(arena.memory)
+                buffer = engine.add_buffer(arena.memory, pin=False)  # or what is let go would not go back
                 self._buffers.append(buffer)
                 first = len(self._paths)
                 requests.append(

@@ -90,7 +90,7 @@ class DeviceReader(Reader):
                         landed_bytes += size
                         whole = self._send(read, blocks.pop(number), size)
                         if whole:
-                            self._device.publish()
+                            self._device.publish([target.memory for target in whole])
                         for target in whole:
                             yield target.tensor, target.memory, landed_bytes
                             target.memory, landed_bytes = None, 0
@@ -171,5 +171,5 @@ def to_device(device: Device, memory: NDArray[np.uint8]) -> Any:
     if not len(memory):
         return target
     device.copy(target, 0, memory.data).wait()
-    device.publish()
+    device.publish([target])
     return target

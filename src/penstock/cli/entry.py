@@ -35,7 +35,9 @@ def _supervise(launched: Launched) -> NoReturn:
             raise
         # Whatever this is (an installation that lacks a module, or is being replaced), the program
         # runs, and its end is ours.
-        if not isinstance(error, SystemExit):
-            sys.stderr.write(f"penstock: not prefetching: {type(error).__name__}: {error}\n")
         launched.release()
+        if not isinstance(error, SystemExit):
+            from penstock.cli.launch import say
+
+            say(f"penstock: not prefetching: {type(error).__name__}: {error}")
         os._exit(launched.wait())

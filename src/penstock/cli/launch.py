@@ -66,6 +66,7 @@ class Launched:
         self.environment = environment
         self.failed = False
         self._released = False
+        self._exit_code: int | None = None
 
     def release(self) -> None:
         """Let the program run; a second time does nothing. Ends penstock, with a message, where it cannot."""
@@ -90,8 +91,10 @@ class Launched:
             self.instance.collect()
 
     def wait(self) -> int:
-        """Wait for the program's end; returns the exit code that stands for it."""
-        return exit_like(self.program.wait())
+        """Wait for the program's end; returns the exit code that stands for it, a second time as well."""
+        if self._exit_code is None:
+            self._exit_code = exit_like(self.program.wait())
+        return self._exit_code
 
 
 class RunOptions:
@@ -175,9 +178,18 @@ def _trace(pid: int, observer: str) -> tuple[Instance | None, str]:
         return None, str(error)
 
 
+def say(line: str) -> None:
+    """A line on stderr, if there is one: closed streams are the program's business, and no reason to fail."""
+    try:
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()
+    except (AttributeError, OSError, ValueError):
+        pass
+
+
 def fail(message: str, code: int = OWN_FAILURE) -> NoReturn:
     """End penstock because the command was not started."""
-    sys.stderr.write(f"penstock: {message}\n")
+    say(f"penstock: {message}")
     sys.exit(code)
 
 

@@ -54,13 +54,16 @@ def load(context: click.Context, path: Path, device: str, engine: EngineName, as
                 transient=True,
                 disable=as_json or not console.is_terminal,
             ) as bar,
-            CheckpointLoad(path, device=device, framework=Plain(), engine=engine) as loading,
+            CheckpointLoad(
+                path,
+                device=device,
+                framework=Plain() if device.partition(":")[0] == "cpu" else "torch",
+                engine=engine,
+                progress=lambda landed_bytes: bar.advance(task, landed_bytes),
+            ) as loading,
         ):
             task = bar.add_task("", total=loading.size_bytes)
-            tensors = 0
-            for _name, memory in loading:
-                tensors += 1
-                bar.advance(task, len(memory))
+            tensors = sum(1 for _ in loading)
             done = loading.statistics()
             size_bytes = loading.size_bytes
     except (PenstockError, ValueError, MemoryError) as error:

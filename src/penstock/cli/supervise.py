@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import gc
 import os
-import sys
 import time
 from typing import TYPE_CHECKING
 
-from penstock.cli.launch import Launched, RunOptions, fail
+from penstock.cli.launch import Launched, RunOptions, fail, say
 
 if TYPE_CHECKING:
     from typing import NoReturn
@@ -43,17 +42,15 @@ def supervise(launched: Launched, policy: Policy | None = None) -> NoReturn:
     try:
         session = _begin(launched, policy)
     except Exception as error:  # noqa: BLE001 — whatever it is, the program goes on without us
-        _say(f"not prefetching: {type(error).__name__}: {error}")
-    launched.release()
+        launched.release()
+        say(f"penstock: not prefetching: {type(error).__name__}: {error}")
     exit_code = launched.wait()
     wall_s = time.monotonic() - launched.started_s
     if session is not None:
         try:
             _tell(launched.options, session, session.finish(), exit_code, wall_s)
         except Exception as error:  # noqa: BLE001 — the exit status is the program's
-            _say(f"no report: {type(error).__name__}: {error}")
-    sys.stdout.flush()
-    sys.stderr.flush()
+            say(f"penstock: no report: {type(error).__name__}: {error}")
     os._exit(exit_code)  # a policy that never returns may still hold a thread
 
 
@@ -105,10 +102,6 @@ def _begin(launched: Launched, policy: Policy | None) -> Session:
     return session
 
 
-def _say(text: str) -> None:
-    sys.stderr.write(f"penstock: {text}\n")
-
-
 def _tell(options: RunOptions, session: Session, outcome: Outcome, exit_code: int, wall_s: float) -> None:
     from pathlib import Path
 
@@ -137,11 +130,11 @@ def _tell(options: RunOptions, session: Session, outcome: Outcome, exit_code: in
         memory_source=outcome.budget.source,
         budget_bytes=outcome.budget.bytes,
     )
-    if not options.quiet or session.warnings:
-        for line in summary_lines(report):
-            sys.stderr.write(f"{line}\n")
     if options.report is not None:
         report.save(Path(options.report))
+    if not options.quiet or session.warnings:
+        for line in summary_lines(report):
+            say(line)
     if options.plot is not None:
         from penstock.report.plot import label, plot
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import click
@@ -61,22 +61,20 @@ def _files(path: Path) -> list[Path]:
 
 
 def _problems(path: Path, files: list[Path]) -> Iterator[str]:
-    from penstock.checkpoint.base import TensorInfo
     from penstock.checkpoint.files import INDEX_SUFFIX, read_header, read_index
 
-    found: dict[str, TensorInfo] = {}
-    broken: set[Path] = set()
+    names: dict[Path, list[str]] = {}  # of the tensors in each file that is whole
     for file in files:
         try:
-            for tensor in read_header(file).tensors:
-                twin = found.setdefault(tensor.name, tensor)
-                if (
-                    twin is not tensor and Path(twin.path).suffix == file.suffix
-                ):  # two formats of one model are no problem
-                    yield f"{file}: tensor {tensor.name!r} is in {twin.path} as well"
+            names[file] = [tensor.name for tensor in read_header(file).tensors]
         except (PenstockError, OSError) as error:
-            broken.add(file)
             yield str(error)
+    together = _loaded_together(path, files)
+    owner: dict[str, Path] = {}
+    for file in names:
+        for name in names[file] if file in together else ():
+            if owner.setdefault(name, file) != file:
+                yield f"{file}: tensor {name!r} is in {owner[name]} as well"
     indices = [path] if path.name.endswith(INDEX_SUFFIX) else []
     if path.is_dir():
         indices = sorted(entry for entry in path.iterdir() if entry.name.endswith(INDEX_SUFFIX))
@@ -87,23 +85,37 @@ def _problems(path: Path, files: list[Path]) -> Iterator[str]:
             located = read_index(index)
         except (PenstockError, OSError) as error:
             yield str(error)
-            continue
-        shards = {name: index.parent / name for name in set(located.values())}
-        for name in sorted(shards):
-            if not shards[name].exists():
-                yield f"{index}: names {name}, which is not there"
-                broken.add(shards[name])
-        for name, shard in located.items():
-            tensor_there = found.get(name)
-            if shards[shard] in broken:
-                continue
-            if tensor_there is None:
-                yield f"{index}: tensor {name!r} is said to be in {shard}, and is in no file"
-            elif Path(tensor_there.path) != shards[shard]:
-                yield f"{index}: tensor {name!r} is said to be in {shard}, and is in {tensor_there.path}"
-        for name, tensor in found.items():
-            if name not in located and Path(tensor.path) in shards.values():
-                yield f"{index}: does not name tensor {name!r} of {tensor.path}"
+        else:
+            yield from _differences(index, located, names)
+
+
+def _loaded_together(path: Path, files: list[Path]) -> set[Path]:
+    """Those that make one checkpoint: variants may lie beside it, with the same names."""
+    from penstock.checkpoint.files import files_in, read_index
+
+    try:
+        index, chosen = files_in(path) if path.is_dir() else (None, files)
+        return {index.parent / name for name in read_index(index).values()} if index else set(chosen)
+    except PenstockError:  # told elsewhere
+        return set()
+
+
+def _differences(index: Path, located: Mapping[str, str], names: Mapping[Path, list[str]]) -> Iterator[str]:
+    """Between an index and the files."""
+    there = {file: set(names[file]) for file in names}
+    shards = {name: index.parent / name for name in sorted(set(located.values()))}
+    for name, shard in shards.items():
+        if not shard.exists():
+            yield f"{index}: names {name}, which is not there"
+    for name, shard_name in located.items():
+        shard = shards[shard_name]
+        if shard in there and name not in there[shard]:
+            elsewhere = next((str(file) for file in there if name in there[file]), "no file")
+            yield f"{index}: tensor {name!r} is said to be in {shard_name}, and is in {elsewhere}"
+    for shard in shards.values():
+        for name in names.get(shard, ()):
+            if name not in located:
+                yield f"{index}: does not name tensor {name!r} of {shard}"
 
 
 def _checksums(context: click.Context, files: list[Path]) -> None:

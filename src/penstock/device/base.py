@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -43,8 +43,12 @@ class Device(ABC):
         """Begin to copy source into memory of `allocate`, from offset on, in bytes."""
 
     @abstractmethod
-    def publish(self) -> None:
-        """Whatever is computed from now on sees all that was copied so far; does not wait for it."""
+    def publish(self, memory: Sequence[Any]) -> None:
+        """Whatever is computed from now on sees all that was copied so far; does not wait for it.
+
+        Args:
+            memory: of `allocate`, that is handed out now.
+        """
 
     @abstractmethod
     def close(self) -> None:

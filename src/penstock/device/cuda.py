@@ -11,7 +11,7 @@ Facts, from CUDA's and torch's documentation:
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from penstock.device.base import Device, Transfer
@@ -51,7 +51,10 @@ class CudaDevice(Device):
         if not torch.cuda.is_available():
             raise UnsupportedError(f"device {name!r}: this torch has no CUDA, or there is no GPU")
         self._torch: Any = torch  # parts of torch.cuda have no types
-        device = torch.device(name)
+        try:
+            device = torch.device(name)
+        except RuntimeError as error:
+            raise ValueError(f"device {name!r}: {str(error).splitlines()[0]}") from error
         index = torch.cuda.current_device() if device.index is None else device.index
         if index >= torch.cuda.device_count():
             raise UnsupportedError(f"device {name!r}: there are {torch.cuda.device_count()}")
@@ -87,8 +90,11 @@ class CudaDevice(Device):
             event.record(self._stream)
         return _Copy(event, bytes_)
 
-    def publish(self) -> None:
-        self._torch.cuda.current_stream(self._device).wait_stream(self._stream)
+    def publish(self, memory: Sequence[Any]) -> None:
+        current = self._torch.cuda.current_stream(self._device)
+        current.wait_stream(self._stream)
+        for part in memory:  # allocated, maybe, while another stream was the current one
+            part.record_stream(current)
 
     def close(self) -> None:
         self._stream.synchronize()

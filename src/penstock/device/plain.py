@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from penstock.device.base import Device, Transfer
@@ -46,8 +46,8 @@ class PlainDevice(Device):
         target[offset : offset + len(source)].copy_(bytes_)
         return _Over()
 
-    def publish(self) -> None:
-        return
+    def publish(self, memory: Sequence[Any]) -> None:
+        del memory
 
     def close(self) -> None:
         return

@@ -32,10 +32,10 @@ from penstock.linux.libc import syscall
 _SETUP, _ENTER, _REGISTER = 425, 426, 427
 
 READ_FIXED, WRITE_FIXED, ASYNC_CANCEL, READ, WRITE = 4, 5, 14, 22, 23  # opcodes
-FIXED_FILE = 1 << 0  # of SQE flags
+FIXED_FILE, DRAIN = 1 << 0, 1 << 1  # of SQE flags
 CANCEL_ALL, CANCEL_ANY = 1 << 0, 1 << 2
 
-_SETUP_CQSIZE, _SETUP_CLAMP, _SETUP_SUBMIT_ALL, _SETUP_COOP_TASKRUN = 1 << 3, 1 << 4, 1 << 7, 1 << 8
+_SETUP_CQSIZE, _SETUP_CLAMP, _SETUP_SUBMIT_ALL = 1 << 3, 1 << 4, 1 << 7
 _FEAT_SINGLE_MMAP, _FEAT_NODROP, _FEAT_EXT_ARG = 1 << 0, 1 << 1, 1 << 8
 _ENTER_GETEVENTS, _ENTER_EXT_ARG = 1 << 0, 1 << 3
 _REGISTER_FILES, _REGISTER_FILES_UPDATE, _REGISTER_BUFFERS2, _REGISTER_BUFFERS_UPDATE = 2, 6, 15, 16
@@ -240,7 +240,7 @@ class Ring:
         """Take all completions that are in the ring."""
         head, tail = int(self._cq_head[0]), int(self._cq_tail[0])
         count = (tail - head) & 0xFFFFFFFF
-        position = head & (self.completions - 1)
+        position = (tail - count) & (self.completions - 1)
         first = min(count, self.completions - position)
         taken = np.concatenate((self._cqes[position : position + first], self._cqes[: count - first]))
         self._cq_head[0] = tail
@@ -308,8 +308,7 @@ class Ring:
 
 def _setup(entries: int, completions: int) -> tuple[int, _Params]:
     wanted = _SETUP_CQSIZE | _SETUP_CLAMP
-    # Newer flags save interrupts of the waiting thread and let a bad request not stop those behind it.
-    for flags in (wanted | _SETUP_SUBMIT_ALL | _SETUP_COOP_TASKRUN, wanted):
+    for flags in (wanted | _SETUP_SUBMIT_ALL, wanted):  # a bad request is not to stop those behind it (Linux 5.18)
         params = _Params(cq_entries=completions, flags=flags)
         try:
             fd = syscall(_SETUP, "io_uring_setup", entries, ctypes.pointer(params))

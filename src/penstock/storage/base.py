@@ -106,7 +106,7 @@ class Engine(ABC):
         self._in_flight = 0
         self._requests = self._failed = self._bytes_read = self._bytes_written = 0
         self._continued = 0
-        self._closed = False
+        self._closed = self._released = False
 
     def add_file(self, fd: int) -> int:
         """Make a file known; returns its number in requests. The descriptor stays the caller's, and open meanwhile.
@@ -122,9 +122,9 @@ class Engine(ABC):
                 self._fds = np.append(self._fds, np.int32(-1))
                 self._direct = np.append(self._direct, False)
                 self._file_uses = np.append(self._file_uses, 0)
+            self._file_added(number, fd)
             self._fds[number] = fd
             self._direct[number] = is_direct
-            self._file_added(number, fd)
             return number
 
     def remove_file(self, number: int) -> None:
@@ -139,14 +139,16 @@ class Engine(ABC):
             if self._file_uses[number]:
                 raise ValueError(f"{self.name}: {self._file_uses[number]} requests for file {number} are in flight")
             self._fds[number] = -1
-            self._file_removed(number)
+            if not self._released:
+                self._file_removed(number)
 
-    def add_buffer(self, buffer: object) -> int:
+    def add_buffer(self, buffer: object, *, pin: bool = True) -> int:
         """Make memory known; returns its number in requests.
 
         Args:
             buffer: contiguous memory, such as a memoryview, a numpy array or an mmap; not resized meanwhile. Read-only
                 memory can be written from.
+            pin: an engine may pin it while it is known, which is worth it for memory that is used again and again.
         """
         memory = np.frombuffer(buffer, np.uint8)  # type: ignore[call-overload]
         with self._registry:
@@ -162,7 +164,7 @@ class Engine(ABC):
             self._addresses[number] = memory.ctypes.data
             self._sizes[number] = memory.nbytes
             self._writable[number] = memory.flags.writeable
-            self._buffer_added(number)
+            self._buffer_added(number, pin)
             return number
 
     def remove_buffer(self, number: int) -> None:
@@ -176,7 +178,8 @@ class Engine(ABC):
                 raise ValueError(f"{self.name}: there is no buffer {number}")
             if self._buffer_uses[number]:
                 raise ValueError(f"{self.name}: {self._buffer_uses[number]} requests for buffer {number} are in flight")
-            self._buffer_removed(number)
+            if not self._released:
+                self._buffer_removed(number)
             self._memory[number] = None
             self._sizes[number] = -1
 
@@ -247,17 +250,26 @@ class Engine(ABC):
                 self._in_flight,
             )
 
-    def close(self) -> None:
-        """Cancel what is in flight, wait until memory is left alone, and give all back; a second time does nothing."""
+    def reset(self) -> None:
+        """Forget all requests, whoever submitted them: end them, and wait until memory is left alone.
+
+        None of them comes back from `wait`. What an interrupted `submit` or `wait` has left half done is tidied up.
+        """
+        self._reset()
         with self._registry:
-            if self._closed:
+            self._file_uses[:] = 0
+            self._buffer_uses[:] = 0
+            self._in_flight = 0
+
+    def close(self) -> None:
+        """`reset`, and give everything back; a second time does nothing."""
+        with self._registry:
+            if self._released:
                 return
             self._closed = True
-        self.cancel()
-        while len(self.wait(max(1, self.in_flight))):
-            pass
+        self.reset()
         self._close()
-        self._memory.clear()
+        self._released = True
 
     def __enter__(self) -> Self:
         return self
@@ -276,6 +288,10 @@ class Engine(ABC):
         """See `wait`."""
 
     @abstractmethod
+    def _reset(self) -> None:
+        """See `reset`."""
+
+    @abstractmethod
     def _close(self) -> None:
         """Give everything back; nothing is in flight."""
 
@@ -285,7 +301,7 @@ class Engine(ABC):
     def _file_removed(self, number: int) -> None:  # noqa: B027 (may be left out)
         """A hook for engines that register files."""
 
-    def _buffer_added(self, number: int) -> None:  # noqa: B027 (may be left out)
+    def _buffer_added(self, number: int, pin: bool) -> None:  # noqa: B027 (may be left out)
         """A hook for engines that register memory."""
 
     def _buffer_removed(self, number: int) -> None:  # noqa: B027 (may be left out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -73,7 +74,11 @@ class BufferPool:
         self.slabs = tuple(
             huge_buffer(min(per_slab, count - first) * block_bytes) for first in range(0, count, per_slab)
         )
-        self._unpin = [pin(slab) for slab in self.slabs] if pin is not None else []
+        self._unpin = contextlib.ExitStack()
+        with contextlib.ExitStack() as undo:
+            for slab in self.slabs if pin is not None else ():
+                undo.callback(pin(slab))  # type: ignore[misc]
+            self._unpin = undo.pop_all()
         self._count = count
         self._free = [
             Block(number, offset, slab[offset : offset + block_bytes])
@@ -148,8 +153,7 @@ class BufferPool:
                 return
             self._closed = True
             self._condition.notify_all()
-        for unpin in self._unpin:
-            unpin()
+        self._unpin.close()
         self._free.clear()
         self.slabs = ()
 

@@ -132,7 +132,11 @@ class Region:
                 raise OSError(error.errno, f"{size} cannot be set aside: {error.strerror}", str(path)) from error
             finally:
                 os.close(fd)
-            os.rename(partial, path)
+            if overwrite:
+                os.rename(partial, path)
+            else:
+                os.link(partial, path)  # which, unlike a rename, leaves one that has come meanwhile
+                os.unlink(partial)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(partial)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import threading
@@ -47,8 +48,15 @@ class ThreadEngine(Engine):
 
     def _submit(self, requests: Requests) -> None:
         with self._lock:
+            self._check_open()
             self._queue.extend(requests.tolist())
-            self._start_threads()
+            try:
+                self._start_threads()
+            except RuntimeError as error:  # no more threads for this user or cgroup
+                if not self._threads:
+                    self._done += [(*item, -errno.EAGAIN) for item in self._queue]
+                    self._queue.clear()
+                    raise OSError(errno.EAGAIN, f"threads: none can be started: {error}") from error
             self._work.notify(len(requests))
 
     def _start_threads(self) -> None:
@@ -56,8 +64,8 @@ class ThreadEngine(Engine):
         while len(self._threads) < min(self._thread_count, len(self._queue) + self._active):
             name = f"penstock-engine-{len(self._threads)}"
             thread = threading.Thread(target=self._serve, name=name, daemon=True)
-            self._threads.append(thread)
             thread.start()
+            self._threads.append(thread)
 
     def _wait(self, count: int, timeout_s: float | None) -> Completions:
         with self._lock:
@@ -73,6 +81,12 @@ class ThreadEngine(Engine):
             self._done += [(*item, -errno.ECANCELED) for item in self._queue]
             self._queue.clear()
             self._progress.notify_all()
+
+    def _reset(self) -> None:
+        with self._lock:
+            self._queue.clear()
+            self._progress.wait_for(lambda: not self._active)
+            self._done.clear()
 
     def _close(self) -> None:
         with self._lock:
@@ -105,7 +119,8 @@ class ThreadEngine(Engine):
                     self._done.append((*item, result))
                     if is_over:
                         self._threads.remove(threading.current_thread())
-                        self._start_threads()
+                        with contextlib.suppress(RuntimeError):
+                            self._start_threads()
                     self._progress.notify_all()
 
     def _transfer(self, item: _Item) -> int:

@@ -6,10 +6,12 @@ second where fio, in C, had 77,000 to 80,000.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +34,7 @@ DEPTH = 256
 _FILE_SLOTS = _BUFFER_SLOTS = 256  # of the tables of registered files and buffers; what is beyond goes unregistered
 _LARGEST_TRANSFER_BYTES = 0x7FFFF000  # of one entry: MAX_RW_COUNT
 _NO_SLOT = np.uint64(0xFFFFFFFFFFFFFFFF)  # user_data of a cancellation
+_LAST = np.uint64(0xFFFFFFFFFFFFFFFE)  # user_data of what comes after all others
 _RETRY_S = 0.001
 _OPCODES = np.array([[uring.READ, uring.READ_FIXED], [uring.WRITE, uring.WRITE_FIXED]], np.uint8)  # [operation, fixed]
 
@@ -96,18 +99,56 @@ class UringEngine(Engine):
             for requests in self._backlog:
                 self._finish(completed(requests, -errno.ECANCELED))
             self._backlog.clear()
-            if self._free_count < len(self._slots):
-                self._is_cancelling = True
-                entry = np.zeros(1, SQE_DTYPE)
-                entry["opcode"] = uring.ASYNC_CANCEL
-                entry["op_flags"] = uring.CANCEL_ALL | uring.CANCEL_ANY
-                entry["user_data"] = _NO_SLOT
-                if self._ring.push(entry):
-                    self._flush()
+            self._cancel_in_kernel()
             self._lock.notify_all()
+
+    def _cancel_in_kernel(self) -> None:
+        if self._free_count == len(self._slots):
+            return
+        self._is_cancelling = True
+        entry = np.zeros(1, SQE_DTYPE)
+        entry["opcode"] = uring.ASYNC_CANCEL
+        entry["op_flags"] = uring.CANCEL_ALL | uring.CANCEL_ANY
+        entry["user_data"] = _NO_SLOT
+        if self._ring.push(entry):
+            self._flush()
+
+    def _reset(self) -> None:
+        with self._lock:
+            self._backlog.clear()
+            self._again.clear()
+            self._cancel_in_kernel()
+            while self._is_awaited:  # it is woken by what it waits for, or by what was cancelled
+                self._lock.wait(_RETRY_S)
+            if self._ring.fd >= 0:
+                self._wait_for_kernel()
+            self._ready, self._ready_count, self._pending = [], 0, 0
+            self._free = np.arange(len(self._slots))
+            self._free_count = len(self._slots)
+            self._is_cancelling = False
+            self._lock.notify_all()
+
+    def _wait_for_kernel(self) -> None:
+        """Until it has nothing of ours: told by an entry that it begins only when all before it are done."""
+        entry = np.zeros(1, SQE_DTYPE)  # opcode 0: NOP
+        entry["flags"] = uring.DRAIN
+        entry["user_data"] = _LAST
+        while not self._ring.push(entry):
+            self._flush()
+            self._ring.pop()
+        while True:
+            self._flush()
+            if (self._ring.pop()["user_data"] == _LAST).any():
+                return
+            try:
+                self._ring.enter(0, 1, _RETRY_S)
+            except OSError as error:
+                if error.errno not in (errno.EINTR, errno.EAGAIN, errno.EBUSY):
+                    raise
 
     def _submit(self, requests: Requests) -> None:
         with self._lock:
+            self._check_open()
             self._pending += len(requests)
             self._backlog.append(requests)
             self._pump()
@@ -115,11 +156,12 @@ class UringEngine(Engine):
     def _wait(self, count: int, timeout_s: float | None) -> Completions:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         with self._lock:
-            while True:
-                self._take(self._ring.pop())
+            while self._pending:
+                if not self._is_awaited:  # who waits in the kernel counts on what is in the ring
+                    self._take(self._ring.pop())
                 self._pump()
                 left_s = None if deadline is None else deadline - time.monotonic()
-                if self._ready_count >= count or not self._pending or (left_s is not None and left_s <= 0):
+                if self._ready_count >= count or (left_s is not None and left_s <= 0):
                     break
                 if self._is_awaited:
                     self._lock.wait(left_s)
@@ -130,19 +172,19 @@ class UringEngine(Engine):
 
     def _wait_in_kernel(self, count: int, left_s: float | None) -> None:
         """Wait for completions in the ring, with the lock released: only one thread at a time may count on them."""
-        in_kernel = len(self._slots) - self._free_count - self._ring.unsubmitted
+        in_kernel = len(self._slots) - self._free_count - self._ring.unsubmitted - len(self._again)
         if in_kernel <= 0:  # the kernel takes nothing for now, for lack of memory
             self._lock.wait(_RETRY_S if left_s is None else min(_RETRY_S, left_s))
             return
         self._is_awaited = True
-        self._lock.release()
         try:
-            self._ring.enter(0, min(count, in_kernel), left_s)
+            with _released(self._lock):
+                # Not for all: the device is to have work while these are looked at.
+                self._ring.enter(0, min(count, max(1, in_kernel // 4)), left_s)
         except OSError as error:
             if error.errno not in (errno.EINTR, errno.EAGAIN, errno.EBUSY):
                 raise
         finally:
-            self._lock.acquire()
             self._is_awaited = False
             self._lock.notify_all()
 
@@ -205,7 +247,7 @@ class UringEngine(Engine):
         """Account for completions. Needs the lock."""
         if not len(entries):
             return
-        entries = entries[entries["user_data"] != _NO_SLOT]
+        entries = entries[entries["user_data"] < _LAST]
         slots = entries["user_data"].astype(np.intp)
         moved = entries["result"].astype(np.int64)
         reached = self._resumed[slots] + moved
@@ -228,7 +270,7 @@ class UringEngine(Engine):
     def _outcome(self, slot: int, moved: int) -> int | None:
         """The result of a transfer that was not whole; None where it goes on."""
         request = self._slots[slot]
-        if moved in (-errno.EAGAIN, -errno.EINTR):
+        if moved in (-errno.EAGAIN, -errno.EINTR, -errno.ECANCELED):  # the last where its submitter's thread has ended
             return -errno.ECANCELED if self._is_cancelling else None
         if moved < 0:
             return moved
@@ -264,10 +306,10 @@ class UringEngine(Engine):
             self._ring.update_file(number, -1)
             self._fixed_files[number] = False
 
-    def _buffer_added(self, number: int) -> None:
+    def _buffer_added(self, number: int, pin: bool) -> None:
         is_fixed = False
         size_bytes = int(self._sizes[number])
-        if self._has_buffer_table and number < _BUFFER_SLOTS and 0 < size_bytes <= LARGEST_BUFFER_BYTES:
+        if pin and self._has_buffer_table and number < _BUFFER_SLOTS and 0 < size_bytes <= LARGEST_BUFFER_BYTES:
             try:
                 self._ring.update_buffer(number, int(self._addresses[number]), size_bytes)
                 is_fixed = True
@@ -279,6 +321,16 @@ class UringEngine(Engine):
         if self._fixed_buffers[number]:
             self._ring.update_buffer(number, 0, 0)
             self._fixed_buffers[number] = False
+
+
+@contextlib.contextmanager
+def _released(lock: threading.Condition) -> Iterator[None]:
+    """The other way round: held before and after."""
+    lock.release()
+    try:
+        yield
+    finally:
+        lock.acquire()
 
 
 def _with(values: NDArray[np.bool_], number: int, value: bool) -> NDArray[np.bool_]:

@@ -367,6 +367,34 @@ class EngineTests:
             time.sleep(0.05)  # whatever might still come
             assert (memory == 0x5A).all()
 
+    def test_a_reset_leaves_nothing_in_flight(self, tmp_path: Path) -> None:
+        path, contents = self.set_up(tmp_path)
+        with self.engine_on(path, os.O_RDONLY | os.O_DIRECT) as (engine, memory, file, buffer):
+            for _ in range(3):
+                engine.submit(np.concatenate([self.everything(file, buffer, 16 * KiB)] * 4))
+                engine.reset()
+                memory[:] = 0x5A
+                assert engine.in_flight == 0
+                assert len(engine.wait(5)) == 0
+                time.sleep(0.02)  # whatever might still come
+                assert (memory == 0x5A).all()
+            engine.remove_buffer(buffer)
+            buffer = engine.add_buffer(memory)
+            engine.submit(self.everything(file, buffer, 64 * KiB))
+            self.check_read(_drain(engine), memory, contents)
+        engine.reset()  # of a closed one: nothing
+        assert len(engine.wait(1)) == 0
+
+    def test_a_reset_wakes_who_waits(self, tmp_path: Path) -> None:
+        path, _ = self.set_up(tmp_path)
+        with self.engine_on(path, os.O_RDONLY | os.O_DIRECT) as (engine, _, file, buffer):
+            engine.submit(np.concatenate([self.everything(file, buffer, 4 * KiB)] * 4))
+            waiter = threading.Thread(target=lambda: engine.wait(1 << 30))
+            waiter.start()
+            engine.reset()
+            waiter.join(_PATIENCE_S)
+            assert not waiter.is_alive(), "it waits for what was forgotten"
+
     def test_files_and_buffers_come_and_go(self, tmp_path: Path) -> None:
         import pytest
 

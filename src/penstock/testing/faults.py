@@ -33,8 +33,8 @@ class FaultyEngine(Engine):
     def remove_file(self, number: int) -> None:
         self.inner.remove_file(number)
 
-    def add_buffer(self, buffer: object) -> int:
-        return self.inner.add_buffer(buffer)
+    def add_buffer(self, buffer: object, *, pin: bool = True) -> int:
+        return self.inner.add_buffer(buffer, pin=pin)
 
     def remove_buffer(self, number: int) -> None:
         self.inner.remove_buffer(number)
@@ -60,6 +60,10 @@ class FaultyEngine(Engine):
     def statistics(self) -> EngineStatistics:
         return self.inner.statistics()
 
+    def reset(self) -> None:
+        self._failed_requests.clear()
+        self.inner.reset()
+
     def close(self) -> None:
         self._failed_requests.clear()
         self.inner.close()
@@ -68,6 +72,9 @@ class FaultyEngine(Engine):
         raise NotImplementedError
 
     def _wait(self, count: int, timeout_s: float | None) -> Completions:
+        raise NotImplementedError
+
+    def _reset(self) -> None:
         raise NotImplementedError
 
     def _close(self) -> None:
