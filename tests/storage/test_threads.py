@@ -39,7 +39,6 @@ def test_without_threads() -> None:
         ThreadEngine(0)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # what ends it is meant to
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "torn"), MemoryError(), SystemExit(3)])
 def test_whatever_befalls_a_thread_the_request_comes_back_and_the_engine_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
@@ -50,6 +49,7 @@ def test_whatever_befalls_a_thread_the_request_comes_back_and_the_engine_goes_on
     def fail(fd: int, buffers: list[memoryview], offset: int) -> int:
         raise error
 
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)  # what ends a thread here is meant to
     with open(path, "rb") as file, ThreadEngine(2) as engine:
         number, buffer = engine.add_file(file.fileno()), engine.add_buffer(bytearray(8 * KiB))
         request = batch(READ, file=[number], offset=[0], length=[4096], buffer=[buffer], buffer_offset=[0])
@@ -60,3 +60,6 @@ def test_whatever_befalls_a_thread_the_request_comes_back_and_the_engine_goes_on
                 assert engine.wait(1)["result"].tolist() == [-errno.EIO]
         engine.submit(request)
         assert engine.wait(1)["result"].tolist() == [4096]
+    for thread in threading.enumerate():
+        if thread.name.startswith("penstock-engine"):
+            thread.join(30)

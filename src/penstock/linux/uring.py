@@ -203,7 +203,8 @@ class Ring:
         position = tail & (self.entries - 1)
         first = min(count, self.entries - position)
         self._sqes[position : position + first] = sqes[:first]
-        self._sqes[: count - first] = sqes[first:count]
+        if first < count:
+            self._sqes[: count - first] = sqes[first:count]
         self._sq_tail[0] = (tail + count) & 0xFFFFFFFF
         return count
 
@@ -242,7 +243,9 @@ class Ring:
         count = (tail - head) & 0xFFFFFFFF
         position = (tail - count) & (self.completions - 1)
         first = min(count, self.completions - position)
-        taken = np.concatenate((self._cqes[position : position + first], self._cqes[: count - first]))
+        taken = self._cqes[position : position + first].copy()
+        if first < count:
+            taken = np.concatenate((taken, self._cqes[: count - first]))
         self._cq_head[0] = tail
         return taken
 

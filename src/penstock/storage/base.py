@@ -313,6 +313,18 @@ class Engine(ABC):
 
     def _check(self, requests: Requests) -> None:
         files, buffers = requests["file"], requests["buffer"]
+        is_known = (files >= 0) & (files < len(self._fds)) & (buffers >= 0) & (buffers < len(self._sizes))
+        if is_known.all():
+            offset, length = requests["buffer_offset"], requests["length"]
+            is_good = (self._fds[files] >= 0) & (length <= self._sizes[buffers] - offset) & (offset >= 0)
+            is_good &= (length > 0) & (requests["offset"] >= 0) & (requests["operation"] <= WRITE)
+            if is_good.all() and (self._writable[buffers] | (requests["operation"] == WRITE)).all():
+                return
+        self._complain(requests)
+
+    def _complain(self, requests: Requests) -> None:
+        """Raises ValueError for the first rule that is broken."""
+        files, buffers = requests["file"], requests["buffer"]
         self._refuse(requests, (files < 0) | (files >= len(self._fds)), "names a file that is not there")
         self._refuse(requests, self._fds[files] < 0, "names a file that is not there")
         self._refuse(requests, (buffers < 0) | (buffers >= len(self._sizes)), "names a buffer that is not there")
@@ -326,6 +338,7 @@ class Engine(ABC):
         self._refuse(requests, outside, "does not lie inside its buffer")
         read_only = (requests["operation"] == READ) & ~self._writable[buffers]
         self._refuse(requests, read_only, "reads into read-only memory")
+        raise AssertionError("a request was refused that breaks no rule")
 
     def _refuse(self, requests: Requests, wrong: NDArray[np.bool_], what: str) -> None:
         if wrong.any():
@@ -336,7 +349,7 @@ class Engine(ABC):
 
 def completed(requests: Requests, results: ArrayLike) -> Completions:
     """Requests with their results."""
-    done = np.zeros(len(requests), COMPLETION_DTYPE)
+    done = np.empty(len(requests), COMPLETION_DTYPE)
     for name in REQUEST_DTYPE.names or ():
         done[name] = requests[name]
     done["result"] = results

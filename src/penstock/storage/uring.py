@@ -20,7 +20,6 @@ from penstock.linux import uring
 from penstock.linux.uring import LARGEST_BUFFER_BYTES, SQE_DTYPE, Cqes, Ring, Sqes
 from penstock.storage.base import (
     COMPLETION_DTYPE,
-    REQUEST_DTYPE,
     WRITE,
     Completions,
     Engine,
@@ -31,6 +30,10 @@ from penstock.storage.base import (
 
 # Requests that the kernel has at once. Devices take fewer (virtio 256, NVMe 1023 a queue); chosen without measurement.
 DEPTH = 256
+# Entries a system call. A virtio device begins with one group while the next is submitted, and does not end with all
+# of them at once: of random reads of 4 KiB, 64 deep, 53,000 a second instead of 47,000; of writes of 128 KiB, 32 deep,
+# 17,200 instead of 14,300 (medians of four).
+_GROUP = 8
 _FILE_SLOTS = _BUFFER_SLOTS = 256  # of the tables of registered files and buffers; what is beyond goes unregistered
 _LARGEST_TRANSFER_BYTES = 0x7FFFF000  # of one entry: MAX_RW_COUNT
 _NO_SLOT = np.uint64(0xFFFFFFFFFFFFFFFF)  # user_data of a cancellation
@@ -65,7 +68,7 @@ class UringEngine(Engine):
         self._pending = 0  # submitted, not ready
         self._is_awaited = False  # a thread is in the kernel, waiting for all of us
         slots = self._ring.entries  # each request in the kernel has one, and its number is the entry's user_data
-        self._slots = np.zeros(slots, REQUEST_DTYPE)
+        self._slots = np.zeros(slots, COMPLETION_DTYPE)
         self._reached = np.zeros(slots, np.int64)  # [slots], bytes
         self._resumed = np.zeros(slots, np.int64)  # [slots], where the present try began
         self._free = np.arange(slots)
@@ -207,7 +210,7 @@ class UringEngine(Engine):
         count = min(len(requests), self._free_count)
         self._free_count -= count
         slots = self._free[self._free_count : self._free_count + count].copy()
-        self._slots[slots] = requests[:count]
+        self._slots[slots] = completed(requests[:count], 0)
         self._reached[slots] = 0
         self._resumed[slots] = 0
         if count == len(requests):
@@ -233,9 +236,9 @@ class UringEngine(Engine):
 
     def _flush(self) -> None:
         """Have the kernel take what is in the submission ring; what it cannot take now stays there."""
-        while self._ring.unsubmitted:
+        while unsubmitted := self._ring.unsubmitted:
             try:
-                self._ring.enter(self._ring.unsubmitted, 0)
+                self._ring.enter(min(unsubmitted, _GROUP), 0)
             except OSError as error:
                 if error.errno == errno.EINTR:
                     continue
@@ -261,7 +264,9 @@ class UringEngine(Engine):
             else:
                 is_done[index], results[index] = True, result
         done = slots[is_done]
-        self._finish(completed(self._slots[done], results[is_done]))
+        finished = self._slots[done]
+        finished["result"] = results[is_done]
+        self._finish(finished)
         self._free[self._free_count : self._free_count + len(done)] = done
         self._free_count += len(done)
         if self._free_count == len(self._slots):
