@@ -212,11 +212,10 @@ class FileResidency:
 
     def _sampled_bytes(self, start: int, stop: int) -> int:
         """One random page of each stride stands for it: the one asked for last time has been read in since."""
-        import random
-
         stride = min(self._sample_bytes, max(PAGE_BYTES, (stop - start) // 4))
         strides = [(low, min(low + stride, stop)) for low in range(start, stop, stride)]
-        offsets = [random.randrange(low, high) for low, high in strides]  # noqa: S311 (keeps no secret)
+        numbers = memoryview(os.urandom(8 * len(strides))).cast("Q")
+        offsets = [low + number % (high - low) for (low, high), number in zip(strides, numbers, strict=True)]
         resident = is_resident_nowait(self._fd, offsets)
         return sum(high - low for (low, high), cached in zip(strides, resident, strict=True) if cached)
 
