@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -59,10 +59,9 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     located: dict[str, str] | None = None
     if index is not None:
         located = read_index(index)
+        for problem in differences(index, located, {}):
+            raise CheckpointError(problem)
         files = [index.parent / name for name in sorted(set(located.values()))]
-        for file in files:
-            if not file.exists():
-                raise CheckpointError(f"{index}: names {file.name}, which is not there")
     headers = tuple(read_header(file) for file in files)
     tensors: dict[str, TensorInfo] = {}
     for header in headers:
@@ -71,7 +70,9 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             if twin is not tensor:
                 raise CheckpointError(f"{tensor.path}: tensor {tensor.name!r} is in {twin.path} as well")
     if index is not None and located is not None:
-        _compare(index, located, tensors)
+        names = {Path(header.file.path): {tensor.name for tensor in header.tensors} for header in headers}
+        for problem in differences(index, located, names):
+            raise CheckpointError(problem)
     return Checkpoint(path, headers, tensors, index)
 
 
@@ -142,10 +143,19 @@ def read_index(path: Path) -> dict[str, str]:
     return located
 
 
-def _compare(index: Path, located: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> None:
-    for name, file in located.items():
-        tensor = tensors.get(name)
-        if tensor is None:
-            raise CheckpointError(f"{index}: tensor {name!r} is said to be in {file}, and is in no file")
-        if Path(tensor.path) != index.parent / file:
-            raise CheckpointError(f"{index}: tensor {name!r} is said to be in {file}, and is in {tensor.path}")
+def differences(index: Path, located: Mapping[str, str], names: Mapping[Path, Collection[str]]) -> Iterator[str]:
+    """What an index says that is not so: files and tensors that are elsewhere or nowhere.
+
+    Args:
+        located: of `read_index`.
+        names: of the tensors in each file, of those files that are whole.
+    """
+    shards = {name: index.parent / name for name in sorted(set(located.values()))}
+    for name, shard in shards.items():
+        if not shard.exists():
+            yield f"{index}: names {name}, which is not there"
+    for name, shard_name in located.items():
+        shard = shards[shard_name]
+        if shard in names and name not in names[shard]:
+            elsewhere = next((str(file) for file in names if name in names[file]), "no file")
+            yield f"{index}: tensor {name!r} is said to be in {shard_name}, and is in {elsewhere}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -61,12 +61,12 @@ def _files(path: Path) -> list[Path]:
 
 
 def _problems(path: Path, files: list[Path]) -> Iterator[str]:
-    from penstock.checkpoint.files import INDEX_SUFFIX, read_header, read_index
+    from penstock.checkpoint.files import INDEX_SUFFIX, differences, read_header, read_index
 
-    names: dict[Path, list[str]] = {}  # of the tensors in each file that is whole
+    names: dict[Path, dict[str, None]] = {}  # of the tensors in each file that is whole
     for file in files:
         try:
-            names[file] = [tensor.name for tensor in read_header(file).tensors]
+            names[file] = dict.fromkeys(tensor.name for tensor in read_header(file).tensors)
         except (PenstockError, OSError) as error:
             yield str(error)
     together = _loaded_together(path, files)
@@ -86,7 +86,11 @@ def _problems(path: Path, files: list[Path]) -> Iterator[str]:
         except (PenstockError, OSError) as error:
             yield str(error)
         else:
-            yield from _differences(index, located, names)
+            yield from differences(index, located, names)
+            for file in sorted({index.parent / name for name in located.values()}):
+                for name in names.get(file, ()):
+                    if name not in located:
+                        yield f"{index}: does not name tensor {name!r} of {file}"
 
 
 def _loaded_together(path: Path, files: list[Path]) -> set[Path]:
@@ -98,24 +102,6 @@ def _loaded_together(path: Path, files: list[Path]) -> set[Path]:
         return {index.parent / name for name in read_index(index).values()} if index else set(chosen)
     except PenstockError:  # told elsewhere
         return set()
-
-
-def _differences(index: Path, located: Mapping[str, str], names: Mapping[Path, list[str]]) -> Iterator[str]:
-    """Between an index and the files."""
-    there = {file: set(names[file]) for file in names}
-    shards = {name: index.parent / name for name in sorted(set(located.values()))}
-    for name, shard in shards.items():
-        if not shard.exists():
-            yield f"{index}: names {name}, which is not there"
-    for name, shard_name in located.items():
-        shard = shards[shard_name]
-        if shard in there and name not in there[shard]:
-            elsewhere = next((str(file) for file in there if name in there[file]), "no file")
-            yield f"{index}: tensor {name!r} is said to be in {shard_name}, and is in {elsewhere}"
-    for shard in shards.values():
-        for name in names.get(shard, ()):
-            if name not in located:
-                yield f"{index}: does not name tensor {name!r} of {shard}"
 
 
 def _checksums(context: click.Context, files: list[Path]) -> None:
