@@ -99,11 +99,15 @@ def _cpu_s() -> float:
 
 
 def with_engine(make: Callable[[], Engine], path: Path, shape: Shape, seconds: float, seed: int) -> Figure:
-    """By one of penstock's engines."""
+    """By one of penstock's engines, which is made so that it has no more than the shape's depth under way.
+
+    As many requests again wait in the engine: batches are what it is for.
+    """
     size_bytes = path.stat().st_size
     offsets = _Offsets(size_bytes, shape.block_bytes, seed)
-    memory = np.frombuffer(huge_buffer(shape.depth * shape.block_bytes), np.uint8)
-    places = np.arange(shape.depth) * shape.block_bytes
+    blocks = 2 * shape.depth
+    memory = np.frombuffer(huge_buffer(blocks * shape.block_bytes), np.uint8)
+    places = np.arange(blocks) * shape.block_bytes
     fd = os.open(path, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
     try:
         with make() as engine:
@@ -246,7 +250,7 @@ def arms(shape: Shape) -> dict[str, Callable[[Path, float, int], Figure]]:
     depth = shape.depth
     return {
         "fio": lambda path, seconds, seed: fio(path, shape, seconds, seed),
-        "uring": lambda path, seconds, seed: with_engine(UringEngine, path, shape, seconds, seed),
+        "uring": lambda path, seconds, seed: with_engine(lambda: UringEngine(depth), path, shape, seconds, seed),
         "threads": lambda path, seconds, seed: with_engine(
             lambda: ThreadEngine(min(depth, 16)), path, shape, seconds, seed
         ),

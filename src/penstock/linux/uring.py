@@ -213,6 +213,18 @@ class Ring:
         """Entries pushed that the kernel has not taken yet."""
         return (int(self._sq_tail[0]) - int(self._sq_head[0])) & 0xFFFFFFFF
 
+    @property
+    def completed(self) -> int:
+        """Completions that are in the ring."""
+        return (int(self._cq_tail[0]) - int(self._cq_head[0])) & 0xFFFFFFFF
+
+    def retract(self) -> Sqes:
+        """Take back the entries that the kernel has not taken."""
+        head, count = int(self._sq_head[0]), self.unsubmitted
+        taken: Sqes = self._sqes[(head + np.arange(count)) & (self.entries - 1)]
+        self._sq_tail[0] = head
+        return taken
+
     def enter(self, submit: int, wait: int, timeout_s: float | None = None) -> int:
         """Submit entries and wait for completions; returns how many entries the kernel took.
 
@@ -240,7 +252,7 @@ class Ring:
     def pop(self) -> Cqes:
         """Take all completions that are in the ring."""
         head, tail = int(self._cq_head[0]), int(self._cq_tail[0])
-        count = (tail - head) & 0xFFFFFFFF
+        count = (tail - head) & 0xFFFFFFFF  # not self.completed: the tail moves
         position = (tail - count) & (self.completions - 1)
         first = min(count, self.completions - position)
         taken = self._cqes[position : position + first].copy()

@@ -29,18 +29,17 @@ BLOCK_BYTES = 4096  # aligned enough for any O_DIRECT of today: logical blocks a
 
 READ, WRITE = 0, 1
 
-REQUEST_DTYPE = np.dtype(
-    [
-        ("token", np.uint64),  # the caller's own, returned as it is
-        ("offset", np.int64),  # in the file, bytes
-        ("length", np.int64),  # bytes
-        ("buffer_offset", np.int64),  # bytes
-        ("buffer", np.int32),  # of Engine.add_buffer
-        ("file", np.int32),  # of Engine.add_file
-        ("operation", np.uint8),  # READ or WRITE
-    ]
-)
-COMPLETION_DTYPE = np.dtype([*REQUEST_DTYPE.descr, ("result", np.int64)])  # bytes transferred, or −errno
+_REQUEST_FIELDS = [
+    ("token", np.uint64),  # the caller's own, returned as it is
+    ("offset", np.int64),  # in the file, bytes
+    ("length", np.int64),  # bytes
+    ("buffer_offset", np.int64),  # bytes
+    ("buffer", np.int32),  # of Engine.add_buffer
+    ("file", np.int32),  # of Engine.add_file
+    ("operation", np.int64),  # READ or WRITE
+]
+REQUEST_DTYPE = np.dtype(_REQUEST_FIELDS)
+COMPLETION_DTYPE = np.dtype([*_REQUEST_FIELDS, ("result", np.int64)])  # bytes transferred, or −errno
 Requests: TypeAlias = NDArray[np.void]  # of REQUEST_DTYPE, [requests]
 Completions: TypeAlias = NDArray[np.void]  # of COMPLETION_DTYPE, [completions]
 
@@ -211,17 +210,16 @@ class Engine(ABC):
             timeout_s: take what is done after this time at the latest.
         """
         done = self._wait(count, timeout_s)
-        result = done["result"]
-        is_good = result >= 0
-        is_read = done["operation"] == READ
+        moved = np.maximum(done["result"], 0)
+        moved_bytes, written_bytes = int(moved.sum()), int((moved * done["operation"]).sum())
         with self._registry:
             np.subtract.at(self._file_uses, done["file"], 1)
             np.subtract.at(self._buffer_uses, done["buffer"], 1)
             self._in_flight -= len(done)
             self._requests += len(done)
-            self._failed += int(np.count_nonzero(~is_good))
-            self._bytes_read += int(result[is_good & is_read].sum())
-            self._bytes_written += int(result[is_good & ~is_read].sum())
+            self._failed += int(np.count_nonzero(done["result"] < 0))
+            self._bytes_read += moved_bytes - written_bytes
+            self._bytes_written += written_bytes
         return done
 
     @abstractmethod
@@ -317,7 +315,8 @@ class Engine(ABC):
         if is_known.all():
             offset, length = requests["buffer_offset"], requests["length"]
             is_good = (self._fds[files] >= 0) & (length <= self._sizes[buffers] - offset) & (offset >= 0)
-            is_good &= (length > 0) & (requests["offset"] >= 0) & (requests["operation"] <= WRITE)
+            is_good &= (length > 0) & (requests["offset"] >= 0)
+            is_good &= (requests["operation"] == READ) | (requests["operation"] == WRITE)
             if is_good.all() and (self._writable[buffers] | (requests["operation"] == WRITE)).all():
                 return
         self._complain(requests)
@@ -329,7 +328,8 @@ class Engine(ABC):
         self._refuse(requests, self._fds[files] < 0, "names a file that is not there")
         self._refuse(requests, (buffers < 0) | (buffers >= len(self._sizes)), "names a buffer that is not there")
         self._refuse(requests, self._sizes[buffers] < 0, "names a buffer that is not there")
-        self._refuse(requests, requests["operation"] > WRITE, "is neither READ nor WRITE")
+        is_other = (requests["operation"] != READ) & (requests["operation"] != WRITE)
+        self._refuse(requests, is_other, "is neither READ nor WRITE")
         self._refuse(
             requests, (requests["length"] <= 0) | (requests["offset"] < 0), "has no bytes, or a negative offset"
         )
@@ -350,10 +350,14 @@ class Engine(ABC):
 def completed(requests: Requests, results: ArrayLike) -> Completions:
     """Requests with their results."""
     done = np.empty(len(requests), COMPLETION_DTYPE)
-    for name in REQUEST_DTYPE.names or ():
-        done[name] = requests[name]
+    words(done)[:, :-1] = words(requests)
     done["result"] = results
     return done
+
+
+def words(records: NDArray[np.void]) -> NDArray[np.uint64]:
+    """The same memory in machine words, [records, words]: a completion is a request and one word more."""
+    return records.view(np.uint64).reshape(len(records), -1)
 
 
 def failure(completion: np.void, path: str) -> OSError:
