@@ -4,7 +4,7 @@ Each arm is a process of its own, which imports what it needs, says so, and then
 resident, only now. It then loads all tensors to the CPU; "loaded" means that every byte is in anonymous memory of the
 process, so what is mapped is copied. The arms:
 
-- ``penstock``: `penstock.load_checkpoint`; ``penstock-uring``: the same through io_uring;
+- ``penstock``: `penstock.load_checkpoint`; ``penstock-threads``: the same without io_uring;
 - ``safetensors``: `safetensors.torch.load_file`, each tensor cloned (it maps the file);
 - ``safetensors-pread``: the same library's pread backend;
 - ``runai``: runai-model-streamer; ``fastsafetensors``: without GPUDirect, on the CPU;

@@ -29,7 +29,7 @@ from penstock.testing.shapes import TensorSpec
 from penstock.units import MiB, format_size, parse_size
 
 _OURS = "penstock"
-_NOT_PEERS = {"penstock", "penstock-uring", "readinto"}
+_NOT_PEERS = {"penstock", "penstock-threads", "readinto"}
 _EXPERTS = 20_000
 _LEAST_OF_LIMIT = {"model": 0.95, "experts": 0.8}
 _SLACK_BYTES = 256 * MiB

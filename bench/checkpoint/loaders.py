@@ -82,7 +82,7 @@ def _readinto(directory: Path) -> Callable[[], dict[str, Any]]:
 
 ARMS: dict[str, Callable[[Path], Callable[[], dict[str, Any]]]] = {
     "penstock": _penstock,
-    "penstock-uring": lambda directory: _penstock(directory, "uring"),
+    "penstock-threads": lambda directory: _penstock(directory, "threads"),
     "safetensors": _safetensors,
     "safetensors-pread": lambda directory: _safetensors(directory, "pread"),
     "runai": _runai,
@@ -90,7 +90,7 @@ ARMS: dict[str, Callable[[Path], Callable[[], dict[str, Any]]]] = {
     "readinto": _readinto,
 }
 NEEDS = {
-    "penstock": "torch", "penstock-uring": "torch", "safetensors": "safetensors", "safetensors-pread": "safetensors",
+    "penstock": "torch", "penstock-threads": "torch", "safetensors": "safetensors", "safetensors-pread": "safetensors",
     "runai": "runai_model_streamer", "fastsafetensors": "fastsafetensors", "readinto": "numpy",
 }  # fmt: skip
 

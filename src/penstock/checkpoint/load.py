@@ -185,10 +185,7 @@ class CheckpointLoad:
     def _choose(self, engine: EngineName | Engine) -> tuple[Engine, str]:
         if isinstance(engine, Engine):
             return engine, ""
-        # For the CPU the memory is fresh, and whoever begins a read pays for its pages, as for copies from the page
-        # cache: 6.4 GB took 2.5 s with eight threads and 5.3 with one that fills a ring, in a virtual machine whose
-        # host has to find the pages; 2.3 and 2.2 where they were at hand.
-        chosen, fallback = create_engine("threads" if engine == "auto" and self._device is None else engine)
+        chosen, fallback = create_engine(engine)
         self._closing.enter_context(chosen)
         return chosen, fallback
 

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penstock.checkpoint.base import FileIdentity, TensorInfo, open_regular
+from penstock.checkpoint.feeding import Feeder
 from penstock.checkpoint.plan import Runs, Span, chunks, copy_runs, holds_runs, last_reads
 from penstock.errors import CheckpointError
 from penstock.linux.pagecache import FileResidency
@@ -168,6 +169,7 @@ class SpanReader(Reader):
         self, engine: Engine, files: Mapping[str, SourceFile], counts: dict[int, int], parts: Sequence[Span]
     ) -> None:
         super().__init__(engine, files, counts)
+        self._feeder: Feeder | None = None
         self._arenas = [Arena(span) for span in parts]
         self._tensors: list[tuple[int, int, TensorInfo]] = []  # number of the last read, of the span
         self._paths: list[str] = []  # [reads]
@@ -202,16 +204,19 @@ class SpanReader(Reader):
             raise
         self._requests = np.concatenate(requests)
         self._kinds = np.concatenate(kinds)  # [reads]
+        memory = {buffer: arena.memory for buffer, arena in zip(self._buffers, self._arenas, strict=True)}
+        self._feeder = Feeder(engine, self._requests, memory)
 
     def __iter__(self) -> Generator[tuple[TensorInfo, NDArray[np.uint8], int]]:
         """Each tensor with its memory, and the bytes that have landed since the one before."""
-        self._engine.submit(self._requests)
+        assert self._feeder is not None
+        self._feeder.start()
         is_done = np.zeros(len(self._requests) + 1, bool)  # one more, which never is
         landed = 0  # reads, from the first without a gap
         landed_bytes = 0
         for last, number, tensor in self._tensors:
             while last >= landed:
-                done = self._engine.wait(1)
+                done = self._feeder.wait()
                 reads = done["token"].astype(np.int64)
                 self._check(done, [self._paths[read] for read in reads.tolist()], self._kinds[reads])
                 is_done[reads] = True
@@ -219,6 +224,11 @@ class SpanReader(Reader):
                 landed_bytes += int(done["result"].sum())
             yield tensor, self._arenas[number].part(tensor), landed_bytes
             landed_bytes = 0
+
+    def close(self) -> None:
+        if self._feeder is not None:
+            self._feeder.close()
+        super().close()
 
 
 class SliceReader(Reader):

@@ -9,12 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import mmap
 
+import numpy as np
+from numpy.typing import NDArray
+
+from penstock.linux.libc import function
 from penstock.units import MiB
 
 HUGE_PAGE_BYTES = 2 * MiB
-_MADV_HUGEPAGE = 14
+_MADV_HUGEPAGE, _MADV_POPULATE_WRITE = 14, 23
+
+_madvise = function("madvise", [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int])  # mmap's keeps the interpreter lock
 
 
 def huge_buffer(size_bytes: int) -> memoryview:
@@ -33,3 +40,21 @@ def huge_buffer(size_bytes: int) -> memoryview:
     buffer = memoryview(memory)[skip_bytes : skip_bytes + size_bytes]
     ctypes.memset(ctypes.addressof(ctypes.c_char.from_buffer(buffer)), 0, size_bytes)
     return buffer
+
+
+def touch(memory: NDArray[np.uint8]) -> None:
+    """Have fresh memory backed by pages; the interpreter lock is released meanwhile.
+
+    Args:
+        memory: writable, and nobody has written to it yet.
+
+    Raises:
+        MemoryError: there is not so much memory.
+    """
+    start = memory.ctypes.data // mmap.PAGESIZE * mmap.PAGESIZE
+    try:
+        _madvise(start, memory.ctypes.data + memory.nbytes - start, _MADV_POPULATE_WRITE)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise MemoryError(f"no {memory.nbytes} bytes for tensors: {error.strerror}") from error
+        memory[:: mmap.PAGESIZE] = 0  # before Linux 5.14

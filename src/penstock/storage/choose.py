@@ -7,6 +7,7 @@ from typing import Literal, TypeAlias
 from penstock.errors import UnsupportedError
 from penstock.storage.base import Engine
 from penstock.storage.threads import ThreadEngine
+from penstock.storage.uring import UringEngine
 
 EngineName: TypeAlias = Literal["auto", "uring", "threads"]
 ENGINES: tuple[EngineName, ...] = ("auto", "uring", "threads")
@@ -26,8 +27,6 @@ def create_engine(name: EngineName = "auto") -> tuple[Engine, str]:
         raise ValueError(f"engine {name!r}: choose one of {', '.join(ENGINES)}")
     if name == "threads":
         return ThreadEngine(), ""
-    from penstock.storage.uring import UringEngine
-
     try:
         return UringEngine(), ""
     except (UnsupportedError, OSError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -24,6 +25,7 @@ class FaultyEngine(Engine):
         self.inner = engine
         self.name = f"faulty {engine.name}"
         self._error = error
+        self._lock = threading.Lock()
         self._number = 0
         self._failed_requests: list[Completions] = []
 
@@ -40,13 +42,17 @@ class FaultyEngine(Engine):
         self.inner.remove_buffer(number)
 
     def submit(self, requests: Requests) -> None:
-        errors = np.array([self._error(self._number + index) for index in range(len(requests))], np.int64)
-        self._number += len(requests)
-        self._failed_requests.append(completed(requests[errors > 0], -errors[errors > 0]))
+        with self._lock:
+            first = self._number
+            self._number += len(requests)
+        errors = np.array([self._error(first + index) for index in range(len(requests))], np.int64)
+        with self._lock:
+            self._failed_requests.append(completed(requests[errors > 0], -errors[errors > 0]))
         self.inner.submit(requests[errors == 0])
 
     def wait(self, count: int = 1, timeout_s: float | None = None) -> Completions:
-        failed, self._failed_requests = self._failed_requests, []
+        with self._lock:
+            failed, self._failed_requests = self._failed_requests, []
         ready = sum(map(len, failed))
         return np.concatenate([*failed, self.inner.wait(max(0, count - ready), timeout_s)])
 

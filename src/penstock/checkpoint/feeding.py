@@ -1,0 +1,131 @@
+"""Reads into fresh memory: threads touch it piece by piece, and submit what is to be read into each piece.
+
+Whoever begins a direct read faults in the pages that it goes to, and the kernel clears each of them: 0.3 s a GB of CPU
+time, 1.2 to 3.5 where a virtual machine has to get them from its host. One thread that fills a ring is busy with that
+and not with the disk. Medians on 2 CPUs and a virtio disk that gives 3.1 GB/s into memory touched before, 6.4 GB:
+eight threads of blocking reads 2.48 s, io_uring 2.41, two threads that touch and submit to io_uring 2.05, to eight
+threads of blocking reads 2.31; in pieces of 4 or 64 MiB 2.23.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from penstock.storage.base import Completions, Engine, Requests
+from penstock.storage.buffers import touch
+from penstock.units import MiB
+
+_PIECE_BYTES = 16 * MiB
+_FIRST_BYTES = np.array([4, 8]) * MiB  # where the first pieces end: the disk is to begin soon
+_MOST_THREADS = 4  # a CPU clears 6 to 10 GB/s
+_WORTH_BYTES = 64 * MiB  # less is submitted at once
+
+
+class Feeder:
+    """Submits reads in their order, more or less, as the memory they go to becomes ready.
+
+    Args:
+        engine: to submit to; nobody else waits for its completions.
+        requests: reads, with the tokens that `wait` is to return.
+        memory: of each request's buffer, by the engine's number.
+    """
+
+    def __init__(self, engine: Engine, requests: Requests, memory: dict[int, NDArray[np.uint8]]) -> None:
+        self._engine = engine
+        self._requests = requests
+        self._memory = memory
+        self._condition = threading.Condition()
+        self._submitted = self._returned = 0
+        self._error: BaseException | None = None
+        self._closing = False
+        self._pieces: Iterator[tuple[int, int]] = iter(_pieces(requests))
+        self._threads: list[threading.Thread] = []
+
+    def start(self) -> None:
+        """Begin."""
+        if int(self._requests["length"].sum()) < _WORTH_BYTES:
+            self._submit(0, len(self._requests))
+            return
+        for number in range(min(_MOST_THREADS, len(os.sched_getaffinity(0)))):
+            thread = threading.Thread(target=self._work, name=f"penstock-feeder-{number}", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # no more threads for this user or cgroup
+                if not self._threads:
+                    self._submit(0, len(self._requests))
+                return
+            self._threads.append(thread)
+
+    def wait(self) -> Completions:
+        """Completions of at least one read; to be called while not all have been returned.
+
+        Raises:
+            MemoryError: there is none for a piece.
+            OSError: the engine takes no requests.
+        """
+        with self._condition:
+            self._condition.wait_for(lambda: self._error is not None or self._returned < self._submitted)
+            if self._error is not None:
+                raise self._error
+        done = self._engine.wait(1)
+        self._returned += len(done)
+        return done
+
+    def close(self) -> None:
+        """Submit nothing more; a second time does nothing."""
+        with self._condition:
+            self._closing = True
+        for thread in self._threads:
+            thread.join()
+
+    def _work(self) -> None:
+        try:
+            while True:
+                with self._condition:
+                    piece = None if self._closing else next(self._pieces, None)
+                if piece is None:
+                    return
+                for place in self._places(*piece):
+                    touch(place)
+                self._submit(*piece)
+        except BaseException as error:  # noqa: BLE001 — whatever it is, the caller is to get it
+            with self._condition:
+                self._error = error
+                self._condition.notify_all()
+
+    def _places(self, first: int, last: int) -> Iterator[NDArray[np.uint8]]:
+        """The memory of some requests, which lie side by side in each buffer."""
+        requests = self._requests[first:last]
+        for buffer in np.unique(requests["buffer"]).tolist():
+            mine = requests[requests["buffer"] == buffer]
+            start = int(mine["buffer_offset"].min())
+            yield self._memory[buffer][start : int((mine["buffer_offset"] + mine["length"]).max())]
+
+    def _submit(self, first: int, last: int) -> None:
+        self._engine.submit(self._requests[first:last])
+        with self._condition:
+            self._submitted += last - first
+            self._condition.notify_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _pieces(requests: Requests) -> Sequence[tuple[int, int]]:
+    """The numbers of the first request of each piece, and of the one after its last."""
+    reached = np.cumsum(requests["length"])
+    total = int(reached[-1]) if len(reached) else 0
+    bounds = np.concatenate((_FIRST_BYTES, np.arange(_PIECE_BYTES, total + _PIECE_BYTES, _PIECE_BYTES)))
+    ends = np.searchsorted(reached, bounds, side="right")
+    edges = np.unique(np.concatenate(([0], ends, [len(requests)]))).tolist()
+    return list(itertools.pairwise(edges))
