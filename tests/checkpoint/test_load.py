@@ -21,19 +21,20 @@ import numpy as np
 import pytest
 
 import penstock
-from penstock.checkpoint import reading
+from penstock.checkpoint import feeding, load, reading
 from penstock.checkpoint.base import DTYPE_BITS
 from penstock.checkpoint.frameworks import Plain
 from penstock.checkpoint.load import CheckpointLoad, load_checkpoint, load_file, stream_checkpoint
 from penstock.checkpoint.plan import Slice
 from penstock.errors import CheckpointError, UnsupportedError
 from penstock.linux import uring
+from penstock.linux.memory import MemoryState
 from penstock.linux.pagecache import drop, mincore
 from penstock.storage.base import Engine
 from penstock.storage.threads import ThreadEngine
 from penstock.storage.uring import UringEngine
 from penstock.testing.faults import FaultyEngine, fail_at
-from penstock.units import MiB
+from penstock.units import GiB, MiB
 
 Tensor = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
 
@@ -90,6 +91,8 @@ def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
 @pytest.fixture
 def small_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "READ_BYTES", 64 * 1024)
+    monkeypatch.setattr(feeding, "_WORTH_BYTES", 0)  # threads submit, also what is little
+    monkeypatch.setattr(feeding, "_PIECE_BYTES", 256 * 1024)
 
 
 def test_the_same_as_safetensors(tmp_path: Path, engine: Engine) -> None:
@@ -333,10 +336,13 @@ class Meddling(FaultyEngine):
 
     def __init__(self, engine: Engine, meddle: Callable[[], object]) -> None:
         super().__init__(engine, lambda _: 0)
-        self._meddle = meddle
+        self._meddle = [meddle]
+        self._first = threading.Lock()
 
     def submit(self, requests: Any) -> None:
-        self._meddle()
+        with self._first:  # threads submit
+            while self._meddle:
+                self._meddle.pop()()
         super().submit(requests)
 
 
@@ -399,6 +405,20 @@ def test_memory_goes_back_tensor_by_tensor(tmp_path: Path) -> None:
         assert time.monotonic() < deadline, f"{(before - resident_memory_bytes()) / MiB:.0f} MiB went back"
         time.sleep(0.01)
     assert found["15"].tobytes() == contents["15"]
+
+
+def test_more_than_there_is_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model.safetensors"
+    contents = write(path, [(str(number), "U8", (8 * MiB,)) for number in range(32)])
+    monkeypatch.setattr(load, "read_memory", lambda: MemoryState(GiB, GiB - 80 * MiB, 0, 0, "cgroup v2 /service"))
+    monkeypatch.setattr(load, "read_swap_free", lambda: 16 * MiB)
+    with pytest.raises(MemoryError, match=r"take 256 MiB, and 96.0 MiB \(cgroup v2 /service\) can be had"):
+        load_checkpoint(path, framework="numpy")
+    before, most = resident_memory_bytes(), 0
+    for name, tensor in stream_checkpoint(path, framework="numpy"):
+        assert tensor.tobytes() == contents[name]
+        most = max(most, resident_memory_bytes() - before)
+    assert most < 200 * MiB
 
 
 @pytest.mark.parametrize("framework", ["numpy", "torch"])

@@ -22,6 +22,7 @@ from penstock.storage.base import Completions, Engine, Requests
 from penstock.storage.buffers import touch
 from penstock.units import MiB
 
+UNBOUNDED = 1 << 62
 _PIECE_BYTES = 16 * MiB
 _FIRST_BYTES = np.array([4, 8]) * MiB  # where the first pieces end: the disk is to begin soon
 _MOST_THREADS = 4  # a CPU clears 6 to 10 GB/s
@@ -35,33 +36,40 @@ class Feeder:
         engine: to submit to; nobody else waits for its completions.
         requests: reads, with the tokens that `wait` is to return.
         memory: of each request's buffer, by the engine's number.
+        ahead_bytes: touched and submitted before `wait` has returned them; up to a piece a thread more.
     """
 
-    def __init__(self, engine: Engine, requests: Requests, memory: dict[int, NDArray[np.uint8]]) -> None:
+    def __init__(
+        self, engine: Engine, requests: Requests, memory: dict[int, NDArray[np.uint8]], ahead_bytes: int = UNBOUNDED
+    ) -> None:
         self._engine = engine
         self._requests = requests
         self._memory = memory
         self._condition = threading.Condition()
-        self._submitted = self._returned = 0
+        self._ahead_bytes = ahead_bytes
+        self._submitted = self._returned = 0  # requests
+        self._taken_bytes = self._returned_bytes = 0
         self._error: BaseException | None = None
         self._closing = False
+        self._submitting = threading.Lock()
         self._pieces: Iterator[tuple[int, int]] = iter(_pieces(requests))
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
         """Begin."""
-        if int(self._requests["length"].sum()) < _WORTH_BYTES:
+        if int(self._requests["length"].sum()) < _WORTH_BYTES:  # less than any bound
             self._submit(0, len(self._requests))
             return
         for number in range(min(_MOST_THREADS, len(os.sched_getaffinity(0)))):
             thread = threading.Thread(target=self._work, name=f"penstock-feeder-{number}", daemon=True)
+            self._threads.append(thread)
             try:
                 thread.start()
             except RuntimeError:  # no more threads for this user or cgroup
+                self._threads.pop()
                 if not self._threads:
                     self._submit(0, len(self._requests))
                 return
-            self._threads.append(thread)
 
     def wait(self) -> Completions:
         """Completions of at least one read; to be called while not all have been returned.
@@ -75,21 +83,26 @@ class Feeder:
             if self._error is not None:
                 raise self._error
         done = self._engine.wait(1)
-        self._returned += len(done)
+        with self._condition:
+            self._returned += len(done)
+            self._returned_bytes += int(done["length"].sum())
+            if self._ahead_bytes < UNBOUNDED:
+                self._condition.notify_all()
         return done
 
     def close(self) -> None:
         """Submit nothing more; a second time does nothing."""
-        with self._condition:
+        with self._submitting, self._condition:
             self._closing = True
+            self._condition.notify_all()
         for thread in self._threads:
-            thread.join()
+            if thread.is_alive():  # and one that an interrupt left half started ends by itself
+                thread.join()
 
     def _work(self) -> None:
         try:
             while True:
-                with self._condition:
-                    piece = None if self._closing else next(self._pieces, None)
+                piece = self._next()
                 if piece is None:
                     return
                 for place in self._places(*piece):
@@ -100,6 +113,16 @@ class Feeder:
                 self._error = error
                 self._condition.notify_all()
 
+    def _next(self) -> tuple[int, int] | None:
+        with self._condition:
+            self._condition.wait_for(
+                lambda: self._closing or self._taken_bytes - self._returned_bytes < self._ahead_bytes
+            )
+            piece = None if self._closing else next(self._pieces, None)
+            if piece is not None:
+                self._taken_bytes += int(self._requests["length"][slice(*piece)].sum())
+            return piece
+
     def _places(self, first: int, last: int) -> Iterator[NDArray[np.uint8]]:
         """The memory of some requests, which lie side by side in each buffer."""
         requests = self._requests[first:last]
@@ -109,7 +132,10 @@ class Feeder:
             yield self._memory[buffer][start : int((mine["buffer_offset"] + mine["length"]).max())]
 
     def _submit(self, first: int, last: int) -> None:
-        self._engine.submit(self._requests[first:last])
+        with self._submitting:
+            if self._closing:
+                return
+            self._engine.submit(self._requests[first:last])
         with self._condition:
             self._submitted += last - first
             self._condition.notify_all()

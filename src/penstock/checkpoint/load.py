@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penstock.checkpoint.base import TensorInfo
+from penstock.checkpoint.feeding import UNBOUNDED
 from penstock.checkpoint.files import Checkpoint, open_checkpoint
 from penstock.checkpoint.frameworks import Framework, FrameworkName, Torch, framework_named
 from penstock.checkpoint.plan import Runs, Slice, runs, spans
@@ -22,8 +23,13 @@ from penstock.checkpoint.reading import BUFFERED, CACHED, DIRECT, SliceReader, S
 from penstock.checkpoint.sending import DeviceReader, to_device
 from penstock.device.choose import open_device
 from penstock.errors import CheckpointError, UnsupportedError
+from penstock.linux.memory import read_memory, read_swap_free
 from penstock.storage.base import Engine
 from penstock.storage.choose import EngineName, create_engine
+from penstock.units import MiB, format_size
+
+_LOOKED_AT_BYTES = 64 * MiB  # of a load, from which on it is compared with the memory there is
+_LEAST_AHEAD_BYTES = 64 * MiB
 
 Progress = Callable[[int], None]  # called with the bytes that have landed since the last call
 
@@ -96,11 +102,16 @@ def load_checkpoint(
     engine: EngineName | Engine = "auto",
     progress: Progress | None = None,
 ) -> Tensors:
-    """Load a checkpoint, or some of its tensors, or parts of them; see `stream_checkpoint`."""
+    """Load a checkpoint, or some of its tensors, or parts of them; see `stream_checkpoint`.
+
+    Raises:
+        MemoryError: they take more memory than there is, in the host or in a cgroup of this process.
+    """
     found = Tensors()
     with CheckpointLoad(
         path, device=device, names=names, slices=slices, framework=framework, engine=engine, progress=progress
     ) as load:
+        load.require_memory()
         found.update(load)
     found.statistics = load.statistics()
     return found
@@ -170,6 +181,17 @@ class CheckpointLoad:
         for tensor in [*self._wanted, *(part for part, _ in self._scattered)]:
             self._framework.check(tensor)
         self._spans = spans(self._wanted)
+        self._path = os.fspath(path)
+        self._memory_bytes = sum(span.block_stop - span.block_start for span in self._spans) + sum(
+            where.run_bytes * where.count for _, where in self._scattered
+        )
+        self._ahead_bytes, self._room = UNBOUNDED, ""
+        if self._device is None and self._memory_bytes >= _LOOKED_AT_BYTES:
+            memory = read_memory()
+            room_bytes = memory.headroom_bytes + read_swap_free()
+            if room_bytes < self._memory_bytes:
+                self._ahead_bytes = max(_LEAST_AHEAD_BYTES, room_bytes // 2)
+                self._room = f"{format_size(room_bytes)} ({memory.source})"
         self._files: dict[str, SourceFile] = {}
         try:
             for path_ in dict.fromkeys(
@@ -188,6 +210,18 @@ class CheckpointLoad:
         chosen, fallback = create_engine(engine)
         self._closing.enter_context(chosen)
         return chosen, fallback
+
+    def require_memory(self) -> None:
+        """Refuse what cannot all be held: better than to be killed half way.
+
+        Raises:
+            MemoryError: there is less memory than the tensors take, in the host or in a cgroup of this process.
+        """
+        if self._ahead_bytes < UNBOUNDED:
+            raise MemoryError(
+                f"{self._path}: its tensors take {format_size(self._memory_bytes)}, and {self._room} can be had; load "
+                "some of them (names, slices), or take them one by one (stream_checkpoint)"
+            )
 
     @property
     def size_bytes(self) -> int:
@@ -219,7 +253,7 @@ class CheckpointLoad:
                         self._progress(landed_bytes)
                         yield tensor.name, self._on_device(tensor, memory)
             else:
-                reading = open_.enter_context(contextlib.closing(SpanReader(*common, self._spans)))
+                reading = open_.enter_context(contextlib.closing(SpanReader(*common, self._spans, self._ahead_bytes)))
                 for tensor, bytes_, landed_bytes in reading:
                     self._progress(landed_bytes)
                     yield tensor.name, self._framework.tensor(tensor, bytes_)

@@ -28,7 +28,7 @@ Examples:
     type=click.Choice(["auto", "uring", "threads"]),
     default="auto",
     show_default=True,
-    help="auto is threads for the CPU, io_uring where it works for a GPU.",
+    help="auto is io_uring where it works, else threads.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One object, sizes in bytes.")
 @click.pass_context
