@@ -68,30 +68,15 @@ def take_all(feeder: Feeder, count: int) -> list[int]:
     return tokens
 
 
-@pytest.mark.parametrize("ahead_bytes", [1 << 62, 1 * MiB, 1])
-def test_everything_is_read_once(file: tuple[int, bytes], ahead_bytes: int) -> None:
+def test_everything_is_read_once(file: tuple[int, bytes]) -> None:
     fd, contents = file
     memory = fresh()
     with ThreadEngine() as engine:
         requests, places = prepare(engine, fd, memory)
-        with Feeder(engine, requests, places, ahead_bytes) as feeder:
+        with Feeder(engine, requests, places) as feeder:
             feeder.start()
             assert sorted(take_all(feeder, len(requests))) == list(range(len(requests)))
     assert memory.tobytes() == contents
-
-
-def test_no_more_is_touched_than_may_be_ahead(file: tuple[int, bytes]) -> None:
-    fd, _ = file
-    memory = fresh()
-    with ThreadEngine() as engine:
-        requests, places = prepare(engine, fd, memory)
-        with Feeder(engine, requests, places, 1 * MiB) as feeder:
-            feeder.start()
-            done = feeder.wait()  # and whatever else is read, nobody has taken
-            threading.Event().wait(0.2)
-            limit = 1 * MiB + 4 * 512 * KiB + int(done["length"].sum())
-            assert engine.in_flight * READ_BYTES <= limit
-            take_all(feeder, len(requests) - len(done))
 
 
 def test_little_is_submitted_at_once(file: tuple[int, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +137,7 @@ def test_it_can_be_closed_at_any_time(file: tuple[int, bytes]) -> None:
         memory = fresh()
         with ThreadEngine() as engine:
             requests, places = prepare(engine, fd, memory)
-            feeder = Feeder(engine, requests, places, 1 * MiB)
+            feeder = Feeder(engine, requests, places)
             feeder.start()
             feeder.close()
             feeder.close()

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.checkpoint.base import BLOCKS, DTYPE_BITS, TensorInfo
-from penstock.checkpoint.plan import Runs, Slice, Span, chunks, copy_runs, holds_runs, last_reads, runs, spans
+from penstock.checkpoint.plan import Runs, Slice, Span, chunks, copy_runs, holds_runs, last_reads, rounds, runs, spans
 from penstock.errors import CheckpointError
 from penstock.storage.base import BLOCK_BYTES
 
@@ -49,6 +49,21 @@ def test_spans_hold_all_tensors_and_keep_apart(places: list[tuple[str, int, int]
     for before, after in itertools.pairwise(found):
         if before.path == after.path:
             assert after.start > before.stop + gap_bytes
+
+
+@given(PLACES, st.integers(1, 100_000), st.integers(1, 200_000))
+def test_rounds_take_no_more_than_they_may(
+    places: list[tuple[str, int, int]], span_bytes: int, round_bytes: int
+) -> None:
+    tensors = [tensor(str(n), start, start + size, path) for n, (path, start, size) in enumerate(places)]
+    found = spans(tensors, most_bytes=span_bytes)
+    assert sum(len(span.tensors) for span in found) == sum(bool(part.size_bytes) for part in tensors)
+    for span in found:
+        assert len(span.tensors) == 1 or span.stop - span.start <= span_bytes
+    taken = rounds(found, round_bytes)
+    assert [span for group in taken for span in group] == found
+    for group in taken:
+        assert len(group) == 1 or sum(span.block_stop - span.block_start for span in group) <= round_bytes
 
 
 @given(st.integers(0, 1 << 20), st.integers(1, 1 << 20), st.integers(1, 60))

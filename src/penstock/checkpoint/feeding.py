@@ -22,7 +22,6 @@ from penstock.storage.base import Completions, Engine, Requests
 from penstock.storage.buffers import touch
 from penstock.units import MiB
 
-UNBOUNDED = 1 << 62
 _PIECE_BYTES = 16 * MiB
 _FIRST_BYTES = np.array([4, 8]) * MiB  # where the first pieces end: the disk is to begin soon
 _MOST_THREADS = 4  # a CPU clears 6 to 10 GB/s
@@ -36,19 +35,14 @@ class Feeder:
         engine: to submit to; nobody else waits for its completions.
         requests: reads, with the tokens that `wait` is to return.
         memory: of each request's buffer, by the engine's number.
-        ahead_bytes: touched and submitted before `wait` has returned them; up to a piece a thread more.
     """
 
-    def __init__(
-        self, engine: Engine, requests: Requests, memory: dict[int, NDArray[np.uint8]], ahead_bytes: int = UNBOUNDED
-    ) -> None:
+    def __init__(self, engine: Engine, requests: Requests, memory: dict[int, NDArray[np.uint8]]) -> None:
         self._engine = engine
         self._requests = requests
         self._memory = memory
         self._condition = threading.Condition()
-        self._ahead_bytes = ahead_bytes
-        self._submitted = self._returned = 0  # requests
-        self._taken_bytes = self._returned_bytes = 0
+        self._submitted = self._returned = 0
         self._error: BaseException | None = None
         self._closing = False
         self._submitting = threading.Lock()
@@ -57,7 +51,7 @@ class Feeder:
 
     def start(self) -> None:
         """Begin."""
-        if int(self._requests["length"].sum()) < _WORTH_BYTES:  # less than any bound
+        if int(self._requests["length"].sum()) < _WORTH_BYTES:
             self._submit(0, len(self._requests))
             return
         for number in range(min(_MOST_THREADS, len(os.sched_getaffinity(0)))):
@@ -83,18 +77,13 @@ class Feeder:
             if self._error is not None:
                 raise self._error
         done = self._engine.wait(1)
-        with self._condition:
-            self._returned += len(done)
-            self._returned_bytes += int(done["length"].sum())
-            if self._ahead_bytes < UNBOUNDED:
-                self._condition.notify_all()
+        self._returned += len(done)
         return done
 
     def close(self) -> None:
         """Submit nothing more; a second time does nothing."""
-        with self._submitting, self._condition:
+        with self._submitting:
             self._closing = True
-            self._condition.notify_all()
         for thread in self._threads:
             if thread.is_alive():  # and one that an interrupt left half started ends by itself
                 thread.join()
@@ -102,7 +91,8 @@ class Feeder:
     def _work(self) -> None:
         try:
             while True:
-                piece = self._next()
+                with self._condition:
+                    piece = None if self._closing else next(self._pieces, None)
                 if piece is None:
                     return
                 for place in self._places(*piece):
@@ -112,16 +102,6 @@ class Feeder:
             with self._condition:
                 self._error = error
                 self._condition.notify_all()
-
-    def _next(self) -> tuple[int, int] | None:
-        with self._condition:
-            self._condition.wait_for(
-                lambda: self._closing or self._taken_bytes - self._returned_bytes < self._ahead_bytes
-            )
-            piece = None if self._closing else next(self._pieces, None)
-            if piece is not None:
-                self._taken_bytes += int(self._requests["length"][slice(*piece)].sum())
-            return piece
 
     def _places(self, first: int, last: int) -> Iterator[NDArray[np.uint8]]:
         """The memory of some requests, which lie side by side in each buffer."""

@@ -15,10 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penstock.checkpoint.base import TensorInfo
-from penstock.checkpoint.feeding import UNBOUNDED
 from penstock.checkpoint.files import Checkpoint, open_checkpoint
 from penstock.checkpoint.frameworks import Framework, FrameworkName, Torch, framework_named
-from penstock.checkpoint.plan import Runs, Slice, runs, spans
+from penstock.checkpoint.plan import UNBOUNDED, Runs, Slice, rounds, runs, spans
 from penstock.checkpoint.reading import BUFFERED, CACHED, DIRECT, SliceReader, SourceFile, SpanReader
 from penstock.checkpoint.sending import DeviceReader, to_device
 from penstock.device.choose import open_device
@@ -29,7 +28,7 @@ from penstock.storage.choose import EngineName, create_engine
 from penstock.units import MiB, format_size
 
 _LOOKED_AT_BYTES = 64 * MiB  # of a load, from which on it is compared with the memory there is
-_LEAST_AHEAD_BYTES = 64 * MiB
+_LEAST_BYTES = 64 * MiB  # in memory at once, where not all fits
 
 Progress = Callable[[int], None]  # called with the bytes that have landed since the last call
 
@@ -185,12 +184,13 @@ class CheckpointLoad:
         self._memory_bytes = sum(span.block_stop - span.block_start for span in self._spans) + sum(
             where.run_bytes * where.count for _, where in self._scattered
         )
-        self._ahead_bytes, self._room = UNBOUNDED, ""
+        self._most_bytes, self._room = UNBOUNDED, ""
         if self._device is None and self._memory_bytes >= _LOOKED_AT_BYTES:
             memory = read_memory()
             room_bytes = memory.headroom_bytes + read_swap_free()
             if room_bytes < self._memory_bytes:
-                self._ahead_bytes = max(_LEAST_AHEAD_BYTES, room_bytes // 2)
+                self._most_bytes = max(_LEAST_BYTES, room_bytes // 2)
+                self._spans = spans(self._wanted, most_bytes=self._most_bytes)
                 self._room = f"{format_size(room_bytes)} ({memory.source})"
         self._files: dict[str, SourceFile] = {}
         try:
@@ -217,7 +217,7 @@ class CheckpointLoad:
         Raises:
             MemoryError: there is less memory than the tensors take, in the host or in a cgroup of this process.
         """
-        if self._ahead_bytes < UNBOUNDED:
+        if self._room:
             raise MemoryError(
                 f"{self._path}: its tensors take {format_size(self._memory_bytes)}, and {self._room} can be had; load "
                 "some of them (names, slices), or take them one by one (stream_checkpoint)"
@@ -248,15 +248,16 @@ class CheckpointLoad:
         with contextlib.ExitStack() as open_:
             if self._device is not None:
                 sending = open_.enter_context(contextlib.closing(DeviceReader(*common, self._spans, self._device)))
-                with contextlib.closing(iter(sending)) as parts:
-                    for tensor, memory, landed_bytes in parts:
+                with contextlib.closing(iter(sending)) as sent:
+                    for tensor, memory, landed_bytes in sent:
                         self._progress(landed_bytes)
                         yield tensor.name, self._on_device(tensor, memory)
             else:
-                reading = open_.enter_context(contextlib.closing(SpanReader(*common, self._spans, self._ahead_bytes)))
-                for tensor, bytes_, landed_bytes in reading:
-                    self._progress(landed_bytes)
-                    yield tensor.name, self._framework.tensor(tensor, bytes_)
+                for parts in rounds(self._spans, self._most_bytes):
+                    with contextlib.closing(SpanReader(*common, parts)) as reading:
+                        for tensor, bytes_, landed_bytes in reading:
+                            self._progress(landed_bytes)
+                            yield tensor.name, self._framework.tensor(tensor, bytes_)
             gathering = open_.enter_context(contextlib.closing(SliceReader(*common, self._scattered)))
             with contextlib.closing(iter(gathering)) as slices:
                 for tensor, bytes_, landed_bytes in slices:

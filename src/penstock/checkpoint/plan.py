@@ -13,6 +13,8 @@ from penstock.checkpoint.base import TensorInfo
 from penstock.errors import CheckpointError
 from penstock.storage.base import BLOCK_BYTES
 
+UNBOUNDED = 1 << 62  # bytes
+
 
 @dataclass(frozen=True, slots=True)
 class Span:
@@ -34,7 +36,7 @@ class Span:
         return -(-self.stop // BLOCK_BYTES) * BLOCK_BYTES
 
 
-def spans(tensors: Iterable[TensorInfo], gap_bytes: int = BLOCK_BYTES) -> list[Span]:
+def spans(tensors: Iterable[TensorInfo], gap_bytes: int = BLOCK_BYTES, most_bytes: int = UNBOUNDED) -> list[Span]:
     """The tensors in file order, grouped where what lies between them is not worth two reads.
 
     Files come in the order of their first tensors. Tensors without elements are in no span.
@@ -42,6 +44,7 @@ def spans(tensors: Iterable[TensorInfo], gap_bytes: int = BLOCK_BYTES) -> list[S
     Args:
         tensors: of any files; they may overlap, as slices of one tensor do.
         gap_bytes: of unwanted bytes at most, between neighbours; memory is allocated for them.
+        most_bytes: of a span, unless it is a single tensor.
     """
     by_file: dict[str, list[TensorInfo]] = {}
     for tensor in tensors:
@@ -53,12 +56,26 @@ def spans(tensors: Iterable[TensorInfo], gap_bytes: int = BLOCK_BYTES) -> list[S
         group: list[TensorInfo] = []
         stop = 0
         for tensor in members:
-            if group and tensor.start > stop + gap_bytes:
+            if group and (tensor.start > stop + gap_bytes or max(stop, tensor.stop) - group[0].start > most_bytes):
                 found.append(Span(path, group[0].start, stop, tuple(group)))
                 group = []
             stop = max(stop, tensor.stop) if group else tensor.stop
             group.append(tensor)
         found.append(Span(path, group[0].start, stop, tuple(group)))
+    return found
+
+
+def rounds(parts: Sequence[Span], most_bytes: int) -> list[list[Span]]:
+    """The spans in their order, in groups that take no more than that together, unless it is a single one."""
+    found: list[list[Span]] = []
+    left_bytes = 0
+    for span in parts:
+        size_bytes = span.block_stop - span.block_start
+        if not found or size_bytes > left_bytes:
+            found.append([])
+            left_bytes = most_bytes
+        found[-1].append(span)
+        left_bytes -= size_bytes
     return found
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penstock.checkpoint.base import FileIdentity, TensorInfo, open_regular
-from penstock.checkpoint.feeding import UNBOUNDED, Feeder
+from penstock.checkpoint.feeding import Feeder
 from penstock.checkpoint.plan import Runs, Span, chunks, copy_runs, holds_runs, last_reads
 from penstock.errors import CheckpointError
 from penstock.linux.pagecache import FileResidency
@@ -163,19 +163,10 @@ class Reader:
 
 
 class SpanReader(Reader):
-    """The reads of all spans, in order; iterating yields tensors as they are whole.
-
-    Args:
-        ahead_bytes: read, and memory filled, before the tensors are asked for.
-    """
+    """The reads of all spans, in order; iterating yields tensors as they are whole."""
 
     def __init__(
-        self,
-        engine: Engine,
-        files: Mapping[str, SourceFile],
-        counts: dict[int, int],
-        parts: Sequence[Span],
-        ahead_bytes: int = UNBOUNDED,
+        self, engine: Engine, files: Mapping[str, SourceFile], counts: dict[int, int], parts: Sequence[Span]
     ) -> None:
         super().__init__(engine, files, counts)
         self._feeder: Feeder | None = None
@@ -214,7 +205,7 @@ class SpanReader(Reader):
         self._requests = np.concatenate(requests)
         self._kinds = np.concatenate(kinds)  # [reads]
         memory = {buffer: arena.memory for buffer, arena in zip(self._buffers, self._arenas, strict=True)}
-        self._feeder = Feeder(engine, self._requests, memory, ahead_bytes)
+        self._feeder = Feeder(engine, self._requests, memory)
 
     def __iter__(self) -> Generator[tuple[TensorInfo, NDArray[np.uint8], int]]:
         """Each tensor with its memory, and the bytes that have landed since the one before."""
