@@ -8,7 +8,9 @@ process, so what is mapped is copied. The arms:
 - ``safetensors``: `safetensors.torch.load_file`, each tensor cloned (it maps the file);
 - ``safetensors-pread``: the same library's pread backend;
 - ``runai``: runai-model-streamer; ``fastsafetensors``: without GPUDirect, on the CPU;
-- ``readinto``: each file into one buffer with `readinto`, the plain way: no tensors come of it.
+- ``readinto``: each file into one buffer with `readinto`, the plain way: no tensors come of it;
+- ``transformers``: `AutoModelForCausalLM.from_pretrained`, until every page of every parameter was touched;
+  ``adapter``: the same model by `penstock.adapters.transformers.from_pretrained`. Their logits are compared too.
 
 The limit is the disk's own: fio reads the same files sequentially, direct, 1 MiB with 32 in flight, in every round;
 where there is no fio, 8 threads of 4 MiB do.

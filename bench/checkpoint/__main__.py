@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -18,7 +19,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from bench.checkpoint.loaders import ARMS, NEEDS
+from bench.checkpoint.loaders import ARMS, MODEL_ARMS, NEEDS
 from bench.direct import bandwidth, fio_bandwidth
 from bench.errors import BenchError, RunError
 from bench.machine import describe
@@ -29,7 +30,8 @@ from penstock.testing.shapes import TensorSpec
 from penstock.units import MiB, format_size, parse_size
 
 _OURS = "penstock"
-_NOT_PEERS = {"penstock", "penstock-threads", "readinto"}
+_NOT_PEERS = {"penstock", "penstock-threads", "readinto", *MODEL_ARMS}
+_MOST_OF_TRANSFORMERS = 0.5
 _EXPERTS = 20_000
 _LEAST_OF_LIMIT = {"model": 0.95, "experts": 0.8}
 _SLACK_BYTES = 256 * MiB
@@ -108,6 +110,7 @@ def _bench(
         "model": generate(directory, preset=preset, size_bytes=size_bytes, gguf=False).directory,
         "experts": _experts(directory, size_bytes // 3, 200 if quick else _EXPERTS),
     }
+    models = {model: place for model, place in models.items() if _able(names, model)}
     machine = describe(directory)
     runs: dict[tuple[str, str, str], list[Run]] = {}
     limits: dict[str, list[float]] = {model: [] for model in models}
@@ -151,7 +154,8 @@ def _round(
     """Each arm once; in round 0 what they loaded is compared."""
     title, place, files = model
     runs: dict[str, Run] = {}
-    first = number % len(names)
+    names = _able(names, title)
+    first = number % max(1, len(names))
     hashes: dict[str, dict[str, str]] = {}
     for name in [*names[first:], *names[:first]]:
         answer = _run(memory, name, place, files, state, hashing=number == 0)
@@ -161,12 +165,18 @@ def _round(
         words = f"round {number}" if number else "verifying"
         console.print(f"{words}  {title}  {state}  {name}  {run.seconds:.2f} s", highlight=False)
     if number == 0:
-        reference = next(iter(hashes), None)
-        for name, found in hashes.items():
-            if found != hashes[reference or name]:
-                wrong = [key for key in found if found[key] != hashes[reference or name].get(key)]
-                raise RunError(f"{name} and {reference} differ in {wrong[:3] or 'their names'}")
+        for kind in (MODEL_ARMS, hashes.keys() - MODEL_ARMS):
+            compared = {name: found for name, found in hashes.items() if name in kind}
+            for (one, ones), (other, others) in itertools.pairwise(compared.items()):
+                if ones != others:
+                    wrong = [key for key in ones if ones[key] != others.get(key)]
+                    raise RunError(f"{one} and {other} differ in {wrong[:3] or 'their names'}")
     return runs
+
+
+def _able(names: Sequence[str], model: str) -> list[str]:
+    """The arms that can load it: not every checkpoint is a model."""
+    return [name for name in names if model == "model" or name not in MODEL_ARMS]
 
 
 def _run(memory: Ballast, name: str, place: Path, files: list[Path], state: str, *, hashing: bool) -> dict[str, Any]:
@@ -239,7 +249,7 @@ def _table(
     table = Table(title=title, title_justify="left", title_style="bold")
     for column in ("arm", "seconds", "least–most", "CPU s", "peak", "cached after"):
         table.add_column(column, justify="left" if column == "arm" else "right")
-    for name in names:
+    for name in _able(names, model):
         values = runs[model, state, name]
         seconds = [value.seconds for value in values]
         table.add_row(
@@ -270,6 +280,12 @@ def _verdicts(
         bar = f"≥ {least}" if least is not None else f"≤ {most}"
         console.print(f"{'PASS' if good else 'FAIL'}  {text}: {value:.3f} {bar}", highlight=False)
 
+    if set(names) >= MODEL_ARMS and "cold" in states:
+        pairs = zip(runs["model", "cold", "adapter"], runs["model", "cold", "transformers"], strict=True)
+        share = median(mine.seconds / theirs.seconds for mine, theirs in pairs)
+        verdict("model, cold: the adapter's time, of transformers' own", share, most=_MOST_OF_TRANSFORMERS)
+    if _OURS not in names:
+        return passed
     peers = [name for name in names if name not in _NOT_PEERS]
     for model, place in models.items():
         size_bytes = sum(path.stat().st_size for path in place.glob("*.safetensors"))
@@ -277,8 +293,8 @@ def _verdicts(
             ours = runs[model, state, _OURS]
             best = {}
             for peer in peers:
-                pairs = zip(runs[model, state, peer], ours, strict=True)
-                best[peer] = median(theirs.seconds / mine.seconds for theirs, mine in pairs)
+                times = zip(runs[model, state, peer], ours, strict=True)
+                best[peer] = median(theirs.seconds / mine.seconds for theirs, mine in times)
             if state == "cold":
                 share = median(
                     size_bytes / mine.seconds / limit for mine, limit in zip(ours, limits[model], strict=True)

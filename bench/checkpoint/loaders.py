@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+_PAGE_BYTES = 4096
+
 
 def _penstock(directory: Path, engine: str = "auto") -> Callable[[], dict[str, Any]]:
     import torch
@@ -80,6 +82,45 @@ def _readinto(directory: Path) -> Callable[[], dict[str, Any]]:
     return load
 
 
+class _Model(dict[str, Any]):
+    """A model's parameters and buffers, all touched."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model.named_parameters(remove_duplicate=False))
+        self.update(model.named_buffers())
+        self._model = model
+        for tensor in self.values():
+            _bytes_of(tensor)[::_PAGE_BYTES].tobytes()
+
+    def add_logits(self) -> None:
+        import torch
+
+        with torch.inference_mode():
+            self["logits"] = self._model(torch.arange(1, 9).unsqueeze(0)).logits
+
+
+def _import_model(directory: Path) -> Any:
+    """Have transformers import what the model takes, which it puts off until one is made; returns its Auto class."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
+    return AutoModelForCausalLM
+
+
+def _transformers(directory: Path) -> Callable[[], dict[str, Any]]:
+    auto = _import_model(directory)
+    return lambda: _Model(auto.from_pretrained(directory, dtype="auto"))
+
+
+def _adapter(directory: Path) -> Callable[[], dict[str, Any]]:
+    from penstock.adapters.transformers import from_pretrained
+
+    auto = _import_model(directory)
+    return lambda: _Model(from_pretrained(auto, directory))
+
+
 ARMS: dict[str, Callable[[Path], Callable[[], dict[str, Any]]]] = {
     "penstock": _penstock,
     "penstock-threads": lambda directory: _penstock(directory, "threads"),
@@ -88,10 +129,14 @@ ARMS: dict[str, Callable[[Path], Callable[[], dict[str, Any]]]] = {
     "runai": _runai,
     "fastsafetensors": _fastsafetensors,
     "readinto": _readinto,
+    "transformers": _transformers,
+    "adapter": _adapter,
 }
+MODEL_ARMS = {"transformers", "adapter"}  # whose tensors are a model's
 NEEDS = {
     "penstock": "torch", "penstock-threads": "torch", "safetensors": "safetensors", "safetensors-pread": "safetensors",
     "runai": "runai_model_streamer", "fastsafetensors": "fastsafetensors", "readinto": "numpy",
+    "transformers": "transformers", "adapter": "transformers",
 }  # fmt: skip
 
 
@@ -143,6 +188,8 @@ def main() -> None:
         "tensors": sum(1 for name in found if name and not name.startswith("/")),
     }
     if "--hash" in sys.argv:
+        if isinstance(found, _Model):
+            found.add_logits()
         answer["hashes"] = _hashes(found)
     statistics = getattr(found, "statistics", None)
     if statistics is not None:
