@@ -317,7 +317,7 @@ def test_reads_cut_short_everywhere(tmp_path: Path, engine: Engine) -> None:
 
 def test_no_memory(tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "model.safetensors"
-    write(path, MIXED)
+    contents = write(path, MIXED)
 
     mapped = mmap.mmap
 
@@ -326,9 +326,14 @@ def test_no_memory(tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPat
             raise OSError(errno.ENOMEM, "Cannot allocate memory")
         return mapped(fd, length, **options)
 
-    monkeypatch.setattr(reading.mmap, "mmap", refuse)
-    with pytest.raises(MemoryError, match=r"no .* MiB of memory for its tensors"):
-        load_file(path, framework=Plain(), engine=engine)
+    with monkeypatch.context() as patch:
+        patch.setattr(reading.mmap, "mmap", refuse)
+        with pytest.raises(MemoryError, match=r"no .* MiB of memory for its tensors"):
+            load_file(path, framework=Plain(), engine=engine)
+        with pytest.raises(MemoryError, match=r"no \d+ bytes for a buffer"):  # of the pool that slices pass through
+            load_checkpoint(path, names=["big"], slices={"big": Slice(1, 0, 9)}, framework=Plain(), engine=engine)
+    found = load_file(path, framework=Plain(), engine=engine)
+    assert {name: memory.tobytes() for name, memory in found.items()} == contents
 
 
 class Meddling(FaultyEngine):
