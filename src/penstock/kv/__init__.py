@@ -1,0 +1,1 @@
+"""KV caches larger than memory, over the page cache and past it."""

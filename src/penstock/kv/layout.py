@@ -1,0 +1,146 @@
+"""From a tensor's tokens to places on the device: blocks of whole rows, in extents that never move.
+
+A row is what one token adds to one layer's keys or values, for all sequences of a batch. Rows are kept in blocks, the
+unit of transfers and checksums; blocks of one tensor lie side by side in extents, so that a run of tokens is a few long
+reads. A tensor grows by further extents, each as large as all before it together, up to 64 MiB: nothing is copied,
+reads stay long, and little is set aside that others would need. Where the length is known beforehand there is one.
+"""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from penstock.storage.allocator import Allocator
+from penstock.storage.base import BLOCK_BYTES
+from penstock.units import MiB
+
+_WANTED_BLOCK_BYTES = 1 * MiB  # from here on a virtio disk gives its full rate; chosen without a benchmark of caches
+_MOST_BYTES = 64 * MiB  # of an extent, unless more is needed at once
+_FIRST_BLOCKS = 4  # of the first extent, where the length is not known
+
+
+@dataclass(frozen=True, slots=True)
+class BlockShape:
+    """How rows are put into blocks.
+
+    Attributes:
+        row_bytes: of one token.
+        rows: in a block.
+    """
+
+    row_bytes: int
+    rows: int
+
+    @property
+    def data_bytes(self) -> int:
+        """Of a block's rows."""
+        return self.row_bytes * self.rows
+
+    @property
+    def block_bytes(self) -> int:
+        """Of a block on the device: whole device blocks."""
+        return -(-self.data_bytes // BLOCK_BYTES) * BLOCK_BYTES
+
+    def blocks(self, tokens: int) -> int:
+        """That so many tokens take, the last one perhaps in part."""
+        return -(-tokens // self.rows)
+
+
+def block_shape(row_bytes: int, wanted_bytes: int = _WANTED_BLOCK_BYTES) -> BlockShape:
+    """As many rows a block as come nearest to a size from below, but one at least.
+
+    Raises:
+        ValueError: rows have no bytes.
+    """
+    if row_bytes < 1:
+        raise ValueError(f"a row of {row_bytes} bytes cannot be stored")
+    return BlockShape(row_bytes, max(1, wanted_bytes // row_bytes))
+
+
+class BlockMap:
+    """Where the blocks of one tensor lie.
+
+    Args:
+        allocator: of the region they lie in.
+        block_bytes: of each block.
+        reserve_blocks: set aside at once, in one piece; 0 where the length is not known.
+
+    Raises:
+        OSError: ENOSPC, the reserve cannot be had in one piece.
+    """
+
+    def __init__(self, allocator: Allocator, block_bytes: int, reserve_blocks: int = 0) -> None:
+        self._allocator = allocator
+        self._block_bytes = block_bytes
+        self._starts = np.zeros(0, np.int64)  # [extents], bytes in the region
+        self._firsts = np.zeros(1, np.int64)  # [extents + 1], number of the extent's first block; the last is the end
+        if reserve_blocks:
+            self._add(reserve_blocks)
+
+    @property
+    def blocks(self) -> int:
+        """That there is room for."""
+        return int(self._firsts[-1])
+
+    @property
+    def extents(self) -> list[tuple[int, int]]:
+        """Each as ``[start, stop)``, bytes in the region, in the order of the blocks."""
+        sizes = np.diff(self._firsts) * self._block_bytes
+        return list(zip(self._starts.tolist(), (self._starts + sizes).tolist(), strict=True))
+
+    def grow(self, blocks: int) -> None:
+        """Have room for that many blocks. What is there stays where it is.
+
+        Raises:
+            OSError: ENOSPC; then the map is as it was.
+        """
+        before = self._starts, self._firsts
+        try:
+            while self.blocks < blocks:
+                self._add_some(blocks - self.blocks)
+        except OSError:
+            for start in self._starts[len(before[0]) :].tolist():
+                self._allocator.free(start)
+            self._starts, self._firsts = before
+            raise
+
+    def _add_some(self, needed: int) -> None:
+        """An extent as large as all before together, or the largest that there is in one piece."""
+        wanted = max(needed, min(self.blocks, _MOST_BYTES // self._block_bytes), _FIRST_BLOCKS)
+        while True:
+            try:
+                self._add(wanted)
+            except OSError as error:
+                most = self._allocator.largest_bytes // self._block_bytes
+                if error.errno != errno.ENOSPC or not most or wanted <= most:
+                    raise
+                wanted = most
+            else:
+                return
+
+    def _add(self, blocks: int) -> None:
+        start, _ = self._allocator.allocate(blocks * self._block_bytes)
+        self._starts = np.append(self._starts, start)
+        self._firsts = np.append(self._firsts, self._firsts[-1] + blocks)
+
+    def offsets(self, first: int, last: int) -> NDArray[np.int64]:
+        """Of the blocks ``[first, last)``, bytes in the region.
+
+        Raises:
+            IndexError: there are not so many.
+        """
+        if not 0 <= first <= last <= self.blocks:
+            raise IndexError(f"blocks {first} to {last} of {self.blocks}")
+        numbers = np.arange(first, last)
+        extent = np.searchsorted(self._firsts, numbers, side="right") - 1
+        return self._starts[extent] + (numbers - self._firsts[extent]) * self._block_bytes
+
+    def free(self) -> None:
+        """Give everything back; the map is empty then."""
+        for start in self._starts.tolist():
+            self._allocator.free(start)
+        self._starts, self._firsts = np.zeros(0, np.int64), np.zeros(1, np.int64)
