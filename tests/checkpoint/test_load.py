@@ -417,8 +417,7 @@ def test_more_than_there_is_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     path = tmp_path / "model.safetensors"
     contents = write(path, [(f"{number:03}", "U8", (size_bytes,)) for number in range(256 * MiB // size_bytes)])
     monkeypatch.setattr(load, "read_memory", lambda: MemoryState(GiB, GiB - 80 * MiB, 0, 0, "cgroup v2 /service"))
-    monkeypatch.setattr(load, "read_swap_free", lambda: 16 * MiB)
-    with pytest.raises(MemoryError, match=r"take 256 MiB, and 96.0 MiB \(cgroup v2 /service\) can be had"):
+    with pytest.raises(MemoryError, match=r"take 256 MiB, and 80.0 MiB \(cgroup v2 /service\) can be had"):
         load_checkpoint(path, framework="numpy")
     before, most = resident_memory_bytes(), 0
     for name, tensor in stream_checkpoint(path, framework="numpy"):
@@ -438,6 +437,49 @@ def test_what_is_derived_from_a_tensor_holds_its_memory(tmp_path: Path, framewor
     del found
     gc.collect()
     assert bytes(np.asarray(rows)) == contents["a"][512 * 2048 + 10 :]
+
+
+@pytest.mark.parametrize("name", ["uring", "threads"])
+def test_the_interpreter_ends_in_the_middle(tmp_path: Path, name: str) -> None:
+    if name == "uring" and uring.probe():
+        pytest.skip(f"needs io_uring: {uring.probe()}")
+    path = tmp_path / "model.safetensors"
+    write(path, [(str(number), "U8", (4 * MiB,)) for number in range(64)], cold=False)
+    code = f"""
+import penstock
+found = penstock.stream_checkpoint({str(path)!r}, framework="numpy", engine={name!r})
+print(next(found)[0])
+"""
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")
+
+
+def test_without_direct_reads_and_not_cached(tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feeding, "_WORTH_BYTES", 0)
+    path = tmp_path / "model.safetensors"
+    contents = write(path, [(str(number), "U8", (4 * MiB,)) for number in range(16)])
+    opened = reading.open_regular
+
+    def refuse(path: str, flags: int = os.O_RDONLY) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return opened(path, flags)
+
+    monkeypatch.setattr(reading, "open_regular", refuse)
+    found = load_file(path, framework=Plain(), engine=engine)
+    assert {name: memory.tobytes() for name, memory in found.items()} == contents
+
+
+def test_a_tensor_that_is_let_go_is_gone(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    write(path, [(str(number), "U8", (16 * MiB,)) for number in range(2)])
+    stream = stream_checkpoint(path, framework="numpy", engine="threads")
+    _, tensor = next(stream)
+    before = resident_memory_bytes()
+    del tensor
+    assert resident_memory_bytes() < before - 12 * MiB
+    stream.close()
 
 
 def test_tensors_outlive_everything(tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ def from_pretrained(
         CheckpointError: the checkpoint is damaged, or there is none.
         UnsupportedError: transformers is not installed, the checkpoint is quantised (transformers itself prepares those
             while it loads), or the device cannot be had.
+        MemoryError: the weights take more than there is.
     """
     try:
         from transformers import AutoConfig, GenerationConfig

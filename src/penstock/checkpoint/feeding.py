@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Self
 
 import numpy as np
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from penstock.storage.base import Completions, Engine, Requests
 from penstock.storage.buffers import touch
+from penstock.storage.exiting import before_exit
 from penstock.units import MiB
 
 _PIECE_BYTES = 16 * MiB
@@ -45,7 +46,9 @@ class Feeder:
         self._submitted = self._returned = 0
         self._error: BaseException | None = None
         self._closing = False
-        self._submitting = threading.Lock()
+        self._submitting = threading.RLock()  # a collection of garbage may close it in a thread of its own
+        self._ended = threading.Event()
+        self._forget_exit: Callable[[], None] = lambda: None
         self._pieces: Iterator[tuple[int, int]] = iter(_pieces(requests))
         self._threads: list[threading.Thread] = []
 
@@ -54,6 +57,7 @@ class Feeder:
         if int(self._requests["length"].sum()) < _WORTH_BYTES:
             self._submit(0, len(self._requests))
             return
+        self._forget_exit = before_exit(self.close)
         for number in range(min(_MOST_THREADS, len(os.sched_getaffinity(0)))):
             thread = threading.Thread(target=self._work, name=f"penstock-feeder-{number}", daemon=True)
             self._threads.append(thread)
@@ -80,13 +84,21 @@ class Feeder:
         self._returned += len(done)
         return done
 
-    def close(self) -> None:
-        """Submit nothing more; a second time does nothing."""
+    def stop(self) -> None:
+        """Submit nothing more. Threads stay for what they have submitted: the kernel may want to go on in them."""
+        self._closing = True  # first, and without a lock that an interrupt could keep us from
         with self._submitting:
-            self._closing = True
+            pass
+
+    def close(self) -> None:
+        """`stop`, and end the threads; a second time does nothing."""
+        self.stop()
+        self._ended.set()
         for thread in self._threads:
-            if thread.is_alive():  # and one that an interrupt left half started ends by itself
+            # One that an interrupt left half started ends by itself.
+            if thread.is_alive() and thread is not threading.current_thread():
                 thread.join()
+        self._forget_exit()
 
     def _work(self) -> None:
         try:
@@ -94,7 +106,7 @@ class Feeder:
                 with self._condition:
                     piece = None if self._closing else next(self._pieces, None)
                 if piece is None:
-                    return
+                    break
                 for place in self._places(*piece):
                     touch(place)
                 self._submit(*piece)
@@ -102,6 +114,7 @@ class Feeder:
             with self._condition:
                 self._error = error
                 self._condition.notify_all()
+        self._ended.wait()
 
     def _places(self, first: int, last: int) -> Iterator[NDArray[np.uint8]]:
         """The memory of some requests, which lie side by side in each buffer."""

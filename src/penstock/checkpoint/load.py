@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 from penstock.checkpoint.base import TensorInfo
 from penstock.checkpoint.files import Checkpoint, open_checkpoint
 from penstock.checkpoint.frameworks import Framework, FrameworkName, Torch, framework_named
-from penstock.checkpoint.plan import UNBOUNDED, Runs, Slice, rounds, runs, spans
+from penstock.checkpoint.plan import UNBOUNDED, Runs, Slice, Span, rounds, runs, spans
 from penstock.checkpoint.reading import BUFFERED, CACHED, DIRECT, SliceReader, SourceFile, SpanReader
 from penstock.checkpoint.sending import DeviceReader, to_device
 from penstock.device.choose import open_device
 from penstock.errors import CheckpointError, UnsupportedError
-from penstock.linux.memory import read_memory, read_swap_free
+from penstock.linux.memory import read_memory
 from penstock.storage.base import Engine
 from penstock.storage.choose import EngineName, create_engine
 from penstock.units import MiB, format_size
@@ -79,11 +79,12 @@ def load_file(
         device: as torch names it: ``cpu``, ``cuda``, ``cuda:1``.
         framework: ``torch`` or ``numpy``.
         engine: by name, or one that is there; it stays open then, and nobody else may wait for it meanwhile. ``auto``
-            is threads for the CPU, which share in paying for fresh memory, and io_uring where it works for a GPU.
+            is io_uring where it works, else threads.
 
     Raises:
         CheckpointError: the file is damaged, or changes meanwhile.
         UnsupportedError: a dtype that the framework lacks, a device or an engine that cannot be had.
+        MemoryError: it takes more than there is.
         OSError: it cannot be read.
     """
     if Path(path).is_dir():
@@ -128,7 +129,8 @@ def stream_checkpoint(
 ) -> Iterator[tuple[str, Any]]:
     """Tensors of a checkpoint one by one, as their bytes land: in the order in which they lie in the files.
 
-    Memory is allocated for all of them at once; who wants less names fewer.
+    Memory is filled for all of them ahead of their turn; where it is less than they take, in rounds of half of it, one
+    after another: who lets go of each tensor needs no more.
 
     Args:
         path: a safetensors file, an index, or a directory with either.
@@ -186,12 +188,7 @@ class CheckpointLoad:
         )
         self._most_bytes, self._room = UNBOUNDED, ""
         if self._device is None and self._memory_bytes >= _LOOKED_AT_BYTES:
-            memory = read_memory()
-            room_bytes = memory.headroom_bytes + read_swap_free()
-            if room_bytes < self._memory_bytes:
-                self._most_bytes = max(_LEAST_BYTES, room_bytes // 2)
-                self._spans = spans(self._wanted, most_bytes=self._most_bytes)
-                self._room = f"{format_size(room_bytes)} ({memory.source})"
+            self._fit()
         self._files: dict[str, SourceFile] = {}
         try:
             for path_ in dict.fromkeys(
@@ -210,6 +207,21 @@ class CheckpointLoad:
         chosen, fallback = create_engine(engine)
         self._closing.enter_context(chosen)
         return chosen, fallback
+
+    def _fit(self) -> None:
+        """Where not all fits into memory, have it come in rounds. Swap does not count: a cgroup may have none."""
+        try:
+            memory = read_memory()
+        except (OSError, ValueError):  # no /proc, or one that shows less: load without having looked
+            return
+        room_bytes = memory.headroom_bytes
+        if room_bytes >= self._memory_bytes:
+            return
+        self._room = f"{format_size(room_bytes)} ({memory.source})"
+        if any(tensor.size_bytes > room_bytes for tensor in self._wanted):
+            self.require_memory()
+        self._most_bytes = max(_LEAST_BYTES, room_bytes // 2)
+        self._spans = spans(self._wanted, most_bytes=self._most_bytes)
 
     def require_memory(self) -> None:
         """Refuse what cannot all be held: better than to be killed half way.
@@ -254,10 +266,7 @@ class CheckpointLoad:
                         yield tensor.name, self._on_device(tensor, memory)
             else:
                 for parts in rounds(self._spans, self._most_bytes):
-                    with contextlib.closing(SpanReader(*common, parts)) as reading:
-                        for tensor, bytes_, landed_bytes in reading:
-                            self._progress(landed_bytes)
-                            yield tensor.name, self._framework.tensor(tensor, bytes_)
+                    yield from self._round(parts)
             gathering = open_.enter_context(contextlib.closing(SliceReader(*common, self._scattered)))
             with contextlib.closing(iter(gathering)) as slices:
                 for tensor, bytes_, landed_bytes in slices:
@@ -266,6 +275,15 @@ class CheckpointLoad:
         for file in self._files.values():
             file.check()
         self._seconds = time.perf_counter() - self._began_s
+
+    def _round(self, parts: Sequence[Span]) -> Iterator[tuple[str, Any]]:
+        """Tensors in host memory, of which nothing is held here once they are yielded."""
+        with contextlib.closing(SpanReader(self._engine, self._files, self._counts, parts)) as reading:
+            for tensor, bytes_, landed_bytes in reading:
+                self._progress(landed_bytes)
+                made = [self._framework.tensor(tensor, bytes_)]
+                del bytes_
+                yield tensor.name, made.pop()
 
     def _made(self, tensor: TensorInfo, memory: NDArray[np.uint8]) -> Any:
         """A tensor where it is wanted, of bytes in host memory."""

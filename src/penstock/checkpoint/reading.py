@@ -199,13 +199,13 @@ class SpanReader(Reader):
                     (first + last, number, tensor)
                     for tensor, last in zip(span.tensors, last_reads(span, reads), strict=True)
                 ]
+            self._requests = np.concatenate(requests)
+            self._kinds = np.concatenate(kinds)  # [reads]
+            memory = {buffer: arena.memory for buffer, arena in zip(self._buffers, self._arenas, strict=True)}
+            self._feeder = Feeder(engine, self._requests, memory)
         except BaseException:
             self.close()
             raise
-        self._requests = np.concatenate(requests)
-        self._kinds = np.concatenate(kinds)  # [reads]
-        memory = {buffer: arena.memory for buffer, arena in zip(self._buffers, self._arenas, strict=True)}
-        self._feeder = Feeder(engine, self._requests, memory)
 
     def __iter__(self) -> Generator[tuple[TensorInfo, NDArray[np.uint8], int]]:
         """Each tensor with its memory, and the bytes that have landed since the one before."""
@@ -226,9 +226,13 @@ class SpanReader(Reader):
             landed_bytes = 0
 
     def close(self) -> None:
-        if self._feeder is not None:
-            self._feeder.close()
-        super().close()
+        try:
+            if self._feeder is not None:
+                self._feeder.stop()
+        finally:
+            super().close()
+            if self._feeder is not None:
+                self._feeder.close()
 
 
 class SliceReader(Reader):

@@ -151,11 +151,6 @@ def read_memory(pid: int | Literal["self"] = "self", root: Path = _ROOT) -> Memo
         return reader.read()
 
 
-def read_swap_free(root: Path = _ROOT) -> int:
-    """Bytes of swap that the host has left; a cgroup may be allowed less."""
-    return _field(b"\n" + (root / "proc/meminfo").read_bytes(), b"SwapFree:") * 1024
-
-
 def read_pressure(
     resource: Literal["memory", "io"] = "memory",
     pid: int | Literal["self"] = "self",

@@ -357,7 +357,7 @@ def completed(requests: Requests, results: ArrayLike) -> Completions:
 
 def words(records: NDArray[np.void]) -> NDArray[np.uint64]:
     """The same memory in machine words, [records, words]: a completion is a request and one word more."""
-    return records.view(np.uint64).reshape(len(records), records.itemsize // 8)
+    return np.ascontiguousarray(records).view(np.uint64).reshape(len(records), records.itemsize // 8)
 
 
 def failure(completion: np.void, path: str) -> OSError:

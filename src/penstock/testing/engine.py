@@ -385,6 +385,23 @@ class EngineTests:
         engine.reset()  # of a closed one: nothing
         assert len(engine.wait(1)) == 0
 
+    def test_the_thread_that_submits_may_end(self, tmp_path: Path) -> None:
+        path, contents = self.set_up(tmp_path)
+        with self.engine_on(path, os.O_RDONLY) as (engine, memory, file, buffer):  # what is not cached has to wait
+            requests = self.everything(file, buffer, 64 * KiB)
+            thread = threading.Thread(target=lambda: engine.submit(requests))
+            thread.start()
+            thread.join(_PATIENCE_S)
+            self.check_read(_drain(engine), memory, contents)
+
+    def test_a_closed_engine_is_left_in_peace(self, tmp_path: Path) -> None:
+        path, _ = self.set_up(tmp_path)
+        with self.engine_on(path, os.O_RDONLY) as (engine, _, _, _):
+            pass
+        engine.cancel()
+        assert len(engine.wait(1, 0)) == 0
+        engine.close()
+
     def test_a_reset_wakes_who_waits(self, tmp_path: Path) -> None:
         path, _ = self.set_up(tmp_path)
         with self.engine_on(path, os.O_RDONLY | os.O_DIRECT) as (engine, _, file, buffer):
