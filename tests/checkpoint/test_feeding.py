@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import threading
@@ -61,6 +62,18 @@ def prepare(engine: Engine, fd: int, memory: NDArray[np.uint8]) -> tuple[Request
     return requests, dict(zip(buffers, parts, strict=True))
 
 
+@contextlib.contextmanager
+def feeding_from(file: tuple[int, bytes]) -> Iterator[tuple[Feeder, Engine, int]]:
+    """A feeder of the whole file, its engine, and how many reads that takes; all of it is to be read by the end."""
+    fd, contents = file
+    memory = fresh()
+    with ThreadEngine() as engine:
+        requests, places = prepare(engine, fd, memory)
+        with Feeder(engine, requests, places) as feeder:
+            yield feeder, engine, len(requests)
+    assert memory.tobytes() == contents
+
+
 def take_all(feeder: Feeder, count: int) -> list[int]:
     tokens: list[int] = []
     while len(tokens) < count:
@@ -69,27 +82,17 @@ def take_all(feeder: Feeder, count: int) -> list[int]:
 
 
 def test_everything_is_read_once(file: tuple[int, bytes]) -> None:
-    fd, contents = file
-    memory = fresh()
-    with ThreadEngine() as engine:
-        requests, places = prepare(engine, fd, memory)
-        with Feeder(engine, requests, places) as feeder:
-            feeder.start()
-            assert sorted(take_all(feeder, len(requests))) == list(range(len(requests)))
-    assert memory.tobytes() == contents
+    with feeding_from(file) as (feeder, _, count):
+        feeder.start()
+        assert sorted(take_all(feeder, count)) == list(range(count))
 
 
 def test_little_is_submitted_at_once(file: tuple[int, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feeding, "_WORTH_BYTES", 2 * SIZE_BYTES)
-    fd, contents = file
-    memory = fresh()
-    with ThreadEngine() as engine:
-        requests, places = prepare(engine, fd, memory)
-        with Feeder(engine, requests, places) as feeder:
-            feeder.start()
-            assert engine.in_flight == len(requests)
-            take_all(feeder, len(requests))
-    assert memory.tobytes() == contents
+    with feeding_from(file) as (feeder, engine, count):
+        feeder.start()
+        assert engine.in_flight == count
+        take_all(feeder, count)
 
 
 def test_without_threads_it_is_submitted_at_once(file: tuple[int, bytes], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,10 +25,7 @@ from penstock.errors import CheckpointError, UnsupportedError
 from penstock.linux.memory import read_memory
 from penstock.storage.base import Engine
 from penstock.storage.choose import EngineName, create_engine
-from penstock.units import MiB, format_size
-
-_LOOKED_AT_BYTES = 64 * MiB  # of a load, from which on it is compared with the memory there is
-_LEAST_BYTES = 64 * MiB  # in memory at once, where not all fits
+from penstock.units import format_size
 
 Progress = Callable[[int], None]  # called with the bytes that have landed since the last call
 
@@ -187,7 +184,7 @@ class CheckpointLoad:
             where.run_bytes * where.count for _, where in self._scattered
         )
         self._most_bytes, self._room = UNBOUNDED, ""
-        if self._device is None and self._memory_bytes >= _LOOKED_AT_BYTES:
+        if self._device is None:
             self._fit()
         self._files: dict[str, SourceFile] = {}
         try:
@@ -220,7 +217,7 @@ class CheckpointLoad:
         self._room = f"{format_size(room_bytes)} ({memory.source})"
         if any(tensor.size_bytes > room_bytes for tensor in self._wanted):
             self.require_memory()
-        self._most_bytes = max(_LEAST_BYTES, room_bytes // 2)
+        self._most_bytes = room_bytes // 2
         self._spans = spans(self._wanted, most_bytes=self._most_bytes)
 
     def require_memory(self) -> None:
