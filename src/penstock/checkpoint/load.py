@@ -126,8 +126,8 @@ def stream_checkpoint(
 ) -> Iterator[tuple[str, Any]]:
     """Tensors of a checkpoint one by one, as their bytes land: in the order in which they lie in the files.
 
-    Memory is filled for all of them ahead of their turn; where it is less than they take, in rounds of half of it, one
-    after another: who lets go of each tensor needs no more.
+    Memory is filled for all of them ahead of their turn; where it is less than they take, in rounds of a quarter of it,
+    one after another: who lets go of each tensor needs no more.
 
     Args:
         path: a safetensors file, an index, or a directory with either.
@@ -217,7 +217,7 @@ class CheckpointLoad:
         self._room = f"{format_size(room_bytes)} ({memory.source})"
         if any(tensor.size_bytes > room_bytes for tensor in self._wanted):
             self.require_memory()
-        self._most_bytes = room_bytes // 2
+        self._most_bytes = room_bytes // 4
         self._spans = spans(self._wanted, most_bytes=self._most_bytes)
 
     def require_memory(self) -> None:
