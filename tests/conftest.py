@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import os
 import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 
@@ -71,24 +67,3 @@ def make_memory_cgroup() -> Iterator[Callable[[int], Path]]:
             except OSError:  # what has just ended is leaving it, penstock's janitor for one
                 assert time.monotonic() < deadline, f"processes stay in {path}"
                 time.sleep(0.05)
-
-
-@pytest.fixture
-def keep_cached() -> Iterator[Callable[[Path, int, int], None]]:
-    """Has bytes ``[start, stop)`` of a file cached, no others with them, and locked until the test ends.
-
-    Without the lock a kernel that reclaims ahead of need (DAMON, a busy cgroup) takes some back meanwhile.
-    """
-    mlock = ctypes.CDLL(None, use_errno=True).mlock
-    with ExitStack() as kept:
-
-        def keep(path: Path, start: int, stop: int) -> None:
-            start -= start % mmap.PAGESIZE
-            file = kept.enter_context(path.open("rb", buffering=0))
-            mapping = kept.enter_context(mmap.mmap(file.fileno(), stop - start, prot=mmap.PROT_READ, offset=start))
-            mapping.madvise(mmap.MADV_RANDOM)  # without it the lock reads ahead
-            address = np.frombuffer(mapping, np.uint8).ctypes.data
-            if mlock(ctypes.c_void_p(address), ctypes.c_size_t(stop - start)):
-                pytest.skip(f"mlock: {os.strerror(ctypes.get_errno())}")
-
-        yield keep

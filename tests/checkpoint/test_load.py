@@ -34,6 +34,7 @@ from penstock.storage.base import Engine
 from penstock.storage.threads import ThreadEngine
 from penstock.storage.uring import UringEngine
 from penstock.testing.faults import FaultyEngine, fail_at
+from penstock.testing.residency import kept_cached
 from penstock.units import GiB, MiB
 
 Tensor = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
@@ -165,19 +166,17 @@ def test_it_goes_past_the_page_cache(tmp_path: Path, engine: Engine) -> None:
     assert statistics.buffered_bytes == 0
 
 
-def test_what_is_cached_is_copied(
-    tmp_path: Path, engine: Engine, small_reads: None, keep_cached: Callable[[Path, int, int], None]
-) -> None:
+def test_what_is_cached_is_copied(tmp_path: Path, engine: Engine, small_reads: None) -> None:
     path = tmp_path / "model.safetensors"
     contents = write(path, MIXED)
     if cached_bytes(path):
         pytest.skip(f"{path} is on a file system that keeps every page in memory")
-    keep_cached(path, 2 * MiB, 5 * MiB)
-    found = load_checkpoint(path, framework=Plain(), engine=engine)
+    with kept_cached(path, 2 * MiB, 5 * MiB):
+        found = load_checkpoint(path, framework=Plain(), engine=engine)
     assert {name: memory.tobytes() for name, memory in found.items()} == contents
     assert 3 * MiB - 128 * 1024 <= found.statistics.cached_bytes <= 4 * MiB
-    keep_cached(path, 0, path.stat().st_size)
-    warm = load_checkpoint(path, framework=Plain(), engine=engine)
+    with kept_cached(path, 0, path.stat().st_size):
+        warm = load_checkpoint(path, framework=Plain(), engine=engine)
     assert warm.statistics.direct_bytes == 0
     assert {name: memory.tobytes() for name, memory in warm.items()} == contents
 

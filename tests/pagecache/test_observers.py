@@ -20,7 +20,7 @@ from penstock.pagecache.observers.base import Observer
 from penstock.pagecache.observers.process import ProcessObserver
 from penstock.pagecache.observers.tracefs import TracefsObserver
 from penstock.testing.observer import ObserverTests, write_files
-from penstock.units import MiB
+from penstock.units import KiB, MiB
 
 # Where this runs as an ordinary user: a directory with files of root's.
 OTHERS_FILES = os.environ.get("PENSTOCK_TEST_OTHERS_FILES")
@@ -90,6 +90,8 @@ def test_a_small_file_read_between_two_looks(tmp_path: Path, model_cached: bool)
 
 @pytest.mark.root
 class TestTracefsObserver(ObserverTests):
+    unseen_bytes = 64 * KiB
+
     def make_observer(self, files: ModelFiles, ledger: Ledger) -> Observer:
         if os.geteuid() != 0:
             pytest.skip("needs root, for tracefs")

@@ -107,8 +107,11 @@ while line := sys.stdin.readline():
 class Watched:
     """A child, the observer that watches it, and all that it has reported so far."""
 
-    def __init__(self, reader: subprocess.Popen[str], observer: Observer, files: ModelFiles, ledger: Ledger) -> None:
+    def __init__(
+        self, reader: subprocess.Popen[str], observer: Observer, files: ModelFiles, ledger: Ledger, unseen_bytes: int
+    ) -> None:
         self._reader = reader
+        self._unseen_bytes = unseen_bytes
         self.observer = observer
         self.files = files
         self.ledger = ledger
@@ -170,7 +173,8 @@ class Watched:
         """Poll until all of the ranges are reported of a process, and assert that nothing else of the file is."""
         pid = self.pid if pid is None else pid
         what = f"{ranges} of {path.name} read by process {pid}"
-        self.poll_until(lambda: all(self.reported(path, pid).covers(*part) for part in ranges), what)
+        wanted = [(min(start + self._unseen_bytes, stop - 1), stop) for start, stop in ranges]
+        self.poll_until(lambda: all(self.reported(path, pid).covers(*part) for part in wanted), what)
         self.settle()
         allowed = IntervalSet((start - SLACK_BYTES, stop + SLACK_BYTES) for start, stop in ranges)
         size_bytes = path.stat().st_size
@@ -188,8 +192,13 @@ class Watched:
 
 
 class ObserverTests:
-    """What every observer must do. The files' pages are not cached when a test begins."""
+    """What every observer must do. The files' pages are not cached when a test begins.
 
+    Attributes:
+        unseen_bytes: that a read may begin with and the observer not see.
+    """
+
+    unseen_bytes: ClassVar[int] = 0
     _paths: ClassVar[dict[type, tuple[Path, Path, Path]]] = {}
 
     def make_observer(self, files: ModelFiles, ledger: Ledger) -> Observer:
@@ -210,7 +219,7 @@ class ObserverTests:
         command = [sys.executable, "-c", _READER, _READER]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as reader:
             observer = self.make_observer(files, ledger)
-            watched = Watched(reader, observer, files, ledger)
+            watched = Watched(reader, observer, files, ledger, self.unseen_bytes)
             try:
                 assert watched.answer() == reader.pid
                 observer.start(reader.pid)

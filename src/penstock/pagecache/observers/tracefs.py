@@ -1,7 +1,9 @@
 """Observing as root: the kernel's page-cache tracepoints, and the page tables for what they leave out.
 
-Reads are seen in full, each with its thread, file and range, in order. Page faults are seen too, except those
-that map a whole 2 MiB folio at once (see `penstock.linux.tracefs`), which the page tables show.
+Reads are seen, each with its thread, file and range, in order. One that begins with pages that are cached, and waits
+for the next because they are just being read in, tells no event for those it begins with: a few, as read-ahead is
+young then. Page faults are seen too, except those that map a whole 2 MiB folio at once (see `penstock.linux.tracefs`),
+which the page tables show.
 """
 
 from __future__ import annotations
