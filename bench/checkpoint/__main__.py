@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,6 +27,7 @@ from bench.machine import describe
 from bench.memory import Ballast, resident_share
 from bench.model import generate
 from penstock.testing.checkpoint import safetensors_header, write_file
+from penstock.testing.residency import kept_cached
 from penstock.testing.shapes import TensorSpec
 from penstock.units import MiB, format_size, parse_size
 
@@ -181,7 +183,7 @@ def _able(names: Sequence[str], model: str) -> list[str]:
 
 def _run(memory: Ballast, name: str, place: Path, files: list[Path], state: str, *, hashing: bool) -> dict[str, Any]:
     command = [sys.executable, "-m", "bench.checkpoint.loaders", name, str(place), *["--hash"] * hashing]
-    with tempfile.TemporaryFile("w+") as errors:
+    with tempfile.TemporaryFile("w+") as errors, ExitStack() as kept:
         process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -199,6 +201,8 @@ def _run(memory: Ballast, name: str, place: Path, files: list[Path], state: str,
                     memory.make_cold(files)
                 else:
                     memory.make_resident(files)
+                    for path in files:  # else DAMON, where it runs, takes some back before they are read
+                        kept.enter_context(kept_cached(path, 0, path.stat().st_size))
                 memory.fill()
                 process.stdin.write("go\n")
                 process.stdin.flush()
