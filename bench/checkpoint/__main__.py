@@ -204,6 +204,7 @@ def _run(memory: Ballast, name: str, place: Path, files: list[Path], state: str,
                     for path in files:  # else DAMON, where it runs, takes some back before they are read
                         kept.enter_context(kept_cached(path, 0, path.stat().st_size))
                 memory.fill()
+                memory.freshen()
                 process.stdin.write("go\n")
                 process.stdin.flush()
             text = process.stdout.read()
