@@ -36,8 +36,8 @@ class MemoryLimit:
         parent, self._version = _hierarchy()
         self.path = parent / f"penstock-bench-{os.getpid()}"
         self.path.mkdir()
-        name = "memory.limit_in_bytes" if self._version == 1 else "memory.max"
-        (self.path / name).write_text(str(limit_bytes))
+        self.limit_path = self.path / ("memory.limit_in_bytes" if self._version == 1 else "memory.max")
+        self.limit_path.write_text(str(limit_bytes))
         self._procs = os.open(self.path / "cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
 
     def enter(self) -> None:

@@ -10,6 +10,8 @@
     │   └── TemplateStaleError      the model's files are not the recorded ones
     ├── PolicyError             a policy raised, returned nonsense or could not be imported
     ├── ObserverError           an observer could not start or lost its source
+    ├── KVError                 part of a KV cache cannot be had: damaged, or the device failed
+    │   └── SessionError            a saved session is damaged, another model's, or of another version
     ├── RegionError             a region is damaged, another's, in use, or would destroy something
     └── ReportError             a run's report is damaged or of another version
 
@@ -50,6 +52,14 @@ class PolicyError(PenstockError):
 
 class ObserverError(PenstockError):
     """An observer could not be started, or lost what it observes."""
+
+
+class KVError(PenstockError):
+    """Part of a KV cache cannot be stored or read back as it was: it is damaged, or the device failed."""
+
+
+class SessionError(KVError):
+    """A saved session is damaged, belongs to another model or other tokens, or has another version."""
 
 
 class RegionError(PenstockError):

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ from penstock.storage.base import BLOCK_BYTES, READ, WRITE, batch
 from penstock.storage.buffers import huge_buffer
 from penstock.storage.region import DATA_START, Region
 from penstock.storage.threads import ThreadEngine
-from penstock.units import MiB
+from penstock.units import KiB, MiB
 
 OWNER = "penstock tests"
 
@@ -178,61 +177,82 @@ class TestOnAFile:
         assert not (tmp_path / "region").exists()
 
 
+def test_it_grows(tmp_path: Path) -> None:
+    path = tmp_path / "region"
+    with Region.create(path, 4 * MiB, owner=OWNER) as region:
+        start, stop = region.allocator.allocate(4 * MiB)
+        identifier = region.header.identifier
+        region.grow(9 * MiB + 1)
+        assert region.size_bytes == 9 * MiB + 4 * KiB
+        assert region.allocator.allocate(5 * MiB) == (stop, stop + 5 * MiB)
+        region.grow(1)  # it is larger already
+        assert region.size_bytes == 9 * MiB + 4 * KiB
+        assert region.pieces is None or region.pieces[-1].stop >= path.stat().st_size
+        assert start == 1 * MiB
+    with Region.open(path, owner=OWNER) as region:
+        assert region.size_bytes == 9 * MiB + 4 * KiB
+        assert region.header.identifier == identifier
+
+
+def test_it_cannot_grow_so_much(tmp_path: Path) -> None:
+    path = tmp_path / "region"
+    with Region.create(path, 4 * MiB, owner=OWNER) as region:
+        with pytest.raises(OSError, match="more cannot be set aside"):
+            region.grow(1 << 50)
+        assert path.stat().st_size == region.header.size_bytes
+        region.allocator.allocate(4 * MiB)
+    Region.open(path, owner=OWNER).close()
+
+
 @pytest.mark.root
 class TestOnADevice:
-    @pytest.fixture
-    def device(self, tmp_path: Path) -> Iterator[Path]:
-        if os.geteuid() != 0 or shutil.which("losetup") is None:
-            pytest.skip("needs root and losetup (util-linux), to make a loop device")
-        image = tmp_path / "image"
-        with image.open("wb") as file:
-            file.truncate(32 * MiB)
-        done = subprocess.run(["losetup", "--find", "--show", str(image)], capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"needs a loop device: {done.stderr.strip()}")
-        yield Path(done.stdout.strip())
-        subprocess.run(["losetup", "--detach", done.stdout.strip()], check=True)
+    def test_it_does_not_grow(self, loop_device: Path) -> None:
+        with (
+            Region.create(loop_device, 4 * MiB, owner=OWNER) as region,
+            pytest.raises(RegionError, match="cannot grow"),
+        ):
+            region.grow(8 * MiB)
 
-    def test_an_empty_one(self, device: Path) -> None:
-        with Region.create(device, 0, owner=OWNER) as region:
+    def test_an_empty_one(self, loop_device: Path) -> None:
+        with Region.create(loop_device, 0, owner=OWNER) as region:
             assert region.size_bytes == 31 * MiB
             assert region.pieces == [Extent(0, 32 * MiB, 0, ExtentFlag(0))]
             with pytest.raises(RegionError, match="in use"):
-                Region.open(device, owner=OWNER)
+                Region.open(loop_device, owner=OWNER)
             with pytest.raises(RegionError, match="in use"):
-                Region.create(device, 0, owner=OWNER, overwrite=True)
-        with Region.open(device, owner=OWNER) as region:
+                Region.create(loop_device, 0, owner=OWNER, overwrite=True)
+        with Region.open(loop_device, owner=OWNER) as region:
             assert region.size_bytes == 31 * MiB
 
-    def test_a_part_of_it(self, device: Path) -> None:
-        with Region.create(device, 4 * MiB, owner=OWNER) as region:
+    def test_a_part_of_it(self, loop_device: Path) -> None:
+        with Region.create(loop_device, 4 * MiB, owner=OWNER) as region:
             assert region.size_bytes == 4 * MiB
         with pytest.raises(OSError, match=r"101 MiB are wanted, the device has 32.0 MiB") as caught:
-            Region.create(device, 100 * MiB, owner=OWNER)
+            Region.create(loop_device, 100 * MiB, owner=OWNER)
         assert caught.value.errno == errno.ENOSPC
 
     @pytest.mark.parametrize(
         ("command", "carried"),
         [(["mkfs.ext4", "-q"], "ext2, ext3 or ext4"), (["mkswap"], "swap"), (["mkfs.vfat"], "vfat")],
     )
-    def test_what_it_carries_goes_only_if_told_twice(self, device: Path, command: list[str], carried: str) -> None:
+    def test_what_it_carries_goes_only_if_told_twice(self, loop_device: Path, command: list[str], carried: str) -> None:
         if shutil.which(command[0]) is None:
             pytest.skip(f"needs {command[0]}")
-        subprocess.run([*command, str(device)], check=True, capture_output=True)
-        before = device.read_bytes()
+        subprocess.run([*command, str(loop_device)], check=True, capture_output=True)
+        before = loop_device.read_bytes()
         for given in ({}, {"overwrite": True}, {"destroying": carried}, {"overwrite": True, "destroying": "xfs"}):
             with pytest.raises(RegionError, match=rf"carries {carried}; .* overwrite=True, destroying='{carried}'"):
-                Region.create(device, 0, owner=OWNER, **given)
+                Region.create(loop_device, 0, owner=OWNER, **given)
         with pytest.raises(RegionError, match="does not begin with its magic"):
-            Region.open(device, owner=OWNER)
-        assert device.read_bytes() == before
-        Region.create(device, 0, owner=OWNER, overwrite=True, destroying=carried).close()
+            Region.open(loop_device, owner=OWNER)
+        assert loop_device.read_bytes() == before
+        Region.create(loop_device, 0, owner=OWNER, overwrite=True, destroying=carried).close()
         with pytest.raises(RegionError, match="carries a region of penstock tests"):
-            Region.create(device, 0, owner="someone")
+            Region.create(loop_device, 0, owner="someone")
 
-    def test_data_of_unknown_kind(self, device: Path) -> None:
-        with device.open("r+b") as file:
+    def test_data_of_unknown_kind(self, loop_device: Path) -> None:
+        with loop_device.open("r+b") as file:
             file.seek(12345)
             file.write(b"x")
         with pytest.raises(RegionError, match="carries data of unknown kind"):
-            Region.create(device, 0, owner=OWNER)
+            Region.create(loop_device, 0, owner=OWNER)

@@ -72,3 +72,11 @@ def _class_for(model_class: Any, config: Any) -> Any:
 
     with torch.device("meta"):
         return type(model_class.from_config(config))
+
+
+def __getattr__(name: str) -> Any:
+    if name == "NVMeCache":  # which imports torch and transformers
+        from penstock.adapters.nvme_cache import NVMeCache
+
+        return NVMeCache
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

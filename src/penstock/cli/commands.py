@@ -17,6 +17,7 @@ COMMANDS = {
     "load": ("penstock.cli.load:load", "Load a checkpoint as a library call does, and tell how fast."),
     "inspect": ("penstock.cli.inspect:inspect", "List the tensors of a checkpoint."),
     "verify": ("penstock.cli.verify:verify", "Check the structure of a checkpoint."),
+    "kv": ("penstock.cli.kv:kv", "Inspect, verify and delete saved sessions of KV caches."),
     "doctor": ("penstock.cli.doctor:doctor", "Show what this machine allows, and what penstock does instead."),
     "plot": ("penstock.cli.plot:plot", "Draw one or more reports of `penstock run`."),
     "generate": ("penstock.cli.generate:generate", "Write a checkpoint with a real model's shapes."),

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from penstock.kv.codec import RAW, Codec
 from penstock.storage.allocator import Allocator
 from penstock.storage.base import BLOCK_BYTES
 from penstock.units import MiB
 
-_WANTED_BLOCK_BYTES = 1 * MiB  # from here on a virtio disk gives its full rate; chosen without a benchmark of caches
+WANTED_BLOCK_BYTES = 1 * MiB  # from here on a virtio disk gives its full rate; chosen without a benchmark of caches
 _MOST_BYTES = 64 * MiB  # of an extent, unless more is needed at once
 _FIRST_BLOCKS = 4  # of the first extent, where the length is not known
 
@@ -30,27 +31,24 @@ class BlockShape:
     Attributes:
         row_bytes: of one token.
         rows: in a block.
+        block_bytes: of a block on the device: whole device blocks.
     """
 
     row_bytes: int
     rows: int
+    block_bytes: int
 
     @property
     def data_bytes(self) -> int:
         """Of a block's rows."""
         return self.row_bytes * self.rows
 
-    @property
-    def block_bytes(self) -> int:
-        """Of a block on the device: whole device blocks."""
-        return -(-self.data_bytes // BLOCK_BYTES) * BLOCK_BYTES
-
     def blocks(self, tokens: int) -> int:
         """That so many tokens take, the last one perhaps in part."""
         return -(-tokens // self.rows)
 
 
-def block_shape(row_bytes: int, wanted_bytes: int = _WANTED_BLOCK_BYTES) -> BlockShape:
+def block_shape(row_bytes: int, wanted_bytes: int = WANTED_BLOCK_BYTES, codec: Codec = RAW) -> BlockShape:
     """As many rows a block as come nearest to a size from below, but one at least.
 
     Raises:
@@ -58,7 +56,9 @@ def block_shape(row_bytes: int, wanted_bytes: int = _WANTED_BLOCK_BYTES) -> Bloc
     """
     if row_bytes < 1:
         raise ValueError(f"a row of {row_bytes} bytes cannot be stored")
-    return BlockShape(row_bytes, max(1, wanted_bytes // row_bytes))
+    rows = max(1, wanted_bytes // row_bytes)
+    stored_bytes = codec.encoded_bytes(row_bytes * rows)
+    return BlockShape(row_bytes, rows, -(-stored_bytes // BLOCK_BYTES) * BLOCK_BYTES)
 
 
 class BlockMap:

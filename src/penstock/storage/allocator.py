@@ -61,6 +61,20 @@ class Allocator:
             f"{format_size(self.largest_bytes)} of them in one piece",
         )
 
+    def extend(self, stop: int) -> None:
+        """The space has become larger.
+
+        Raises:
+            ValueError: it has become smaller.
+        """
+        stop = stop // BLOCK_BYTES * BLOCK_BYTES
+        if stop < self._stop:
+            raise ValueError(f"a space that ends at {self._stop} cannot be cut at {stop}")
+        if stop > self._stop:
+            start, self._stop = self._stop, stop
+            self._taken[start] = stop
+            self.free(start)
+
     def free(self, start: int) -> None:
         """Give back a range that was allocated, named by its start.
 

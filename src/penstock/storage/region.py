@@ -26,7 +26,7 @@ import hashlib
 import os
 import stat
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -218,6 +218,39 @@ class Region:
     def size_bytes(self) -> int:
         """The space behind the header."""
         return self.header.size_bytes - DATA_START
+
+    def grow(self, size_bytes: int) -> None:
+        """Make the space behind the header larger, up to so many bytes; what is handed out stays where it is.
+
+        Raises:
+            RegionError: it lies on a device, which is as large as it is.
+            OSError: ENOSPC, or whatever the file system says; then it is as it was.
+        """
+        total_bytes = -(-(DATA_START + size_bytes) // BLOCK_BYTES) * BLOCK_BYTES
+        before_bytes = self.header.size_bytes
+        if total_bytes <= before_bytes:
+            return
+        if stat.S_ISBLK(os.fstat(self.fd).st_mode):
+            raise RegionError(
+                f"{self.path}: {format_size(size_bytes)} are wanted, and the region has {format_size(self.size_bytes)}; "
+                "a region on a device cannot grow"
+            )
+        header = replace(self.header, size_bytes=total_bytes)
+        try:
+            os.posix_fallocate(self.fd, before_bytes, total_bytes - before_bytes)
+            pieces = _pieces(self.fd, total_bytes, self.path)
+            block = huge_buffer(BLOCK_BYTES)
+            block[:] = _packed(header)
+            os.pwritev(self.fd, [block], 0)
+        except BaseException as error:
+            os.ftruncate(self.fd, before_bytes)
+            if not isinstance(error, OSError):
+                raise
+            more = format_size(total_bytes - before_bytes)
+            raise OSError(error.errno, f"{more} more cannot be set aside: {error.strerror}", str(self.path)) from error
+        self.header = header
+        self.pieces = pieces
+        self.allocator.extend(total_bytes)
 
     def close(self) -> None:
         """Unlock and close it; a second time does nothing."""

@@ -1,0 +1,212 @@
+"""The ways to keep a KV cache that are compared."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import deque
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bench.errors import RunError
+from bench.kv.workload import Comparing, Device, Source, Workload
+from penstock.kv.cache import KVCache
+from penstock.kv.residency import KVTensor
+from penstock.kv.residency import Path as Residence
+from penstock.kv.store import KVStore
+from penstock.storage.choose import create_engine
+from penstock.storage.pool import BufferPool
+from penstock.storage.region import Region
+from penstock.units import MiB
+
+_COPY_BYTES = 1 * MiB
+_AHEAD = 8  # tensors whose rows are asked for before they are needed: four layers
+_POOL_BYTES = 64 * MiB
+_BUFFER_BYTES = 4 * MiB
+
+
+class Arm(ABC):
+    """A cache of one workload, in a directory."""
+
+    def __init__(self, workload: Workload, directory: Path) -> None:
+        self.workload = workload
+        self.directory = directory
+        self.device = Device()
+        self.source = Source(workload)
+
+    def prefill(self) -> None:
+        """Write the prompt's rows."""
+        for tensor in self.workload.tensors:
+            for rows in self.source.rows(tensor, 0, self.workload.prompt):
+                self.append(tensor, rows)
+
+    @abstractmethod
+    def append(self, tensor: KVTensor, rows: NDArray[np.uint8]) -> None:
+        """Write rows behind those that are there."""
+
+    @abstractmethod
+    def step(self, tokens: int) -> None:
+        """Copy the first so many rows of each tensor to the device, and write the next."""
+
+    @abstractmethod
+    def compare(self, tokens: int) -> None:
+        """Complain unless the first so many rows of each tensor are what they must be."""
+
+    def figures(self) -> dict[str, Any]:
+        """What else is worth knowing."""
+        return {}
+
+    @abstractmethod
+    def close(self) -> None:
+        """Remove everything."""
+
+
+class Memmap(Arm):
+    """One np.memmap file a tensor."""
+
+    def __init__(self, workload: Workload, directory: Path) -> None:
+        super().__init__(workload, directory)
+        shape = (workload.tokens, workload.row_bytes)
+        self._files = {
+            tensor: np.memmap(directory / f"{tensor.layer}-{tensor.kind}", np.uint8, "w+", shape=shape)
+            for tensor in workload.tensors
+        }
+        self._tokens = dict.fromkeys(workload.tensors, 0)
+
+    def append(self, tensor: KVTensor, rows: NDArray[np.uint8]) -> None:
+        first = self._tokens[tensor]
+        self._files[tensor][first : first + len(rows)] = rows
+        self._tokens[tensor] = first + len(rows)
+
+    def step(self, tokens: int) -> None:
+        rows = max(1, _COPY_BYTES // self.workload.row_bytes)
+        for tensor, file in self._files.items():
+            for start in range(0, tokens, rows):
+                self.device.copy(file[start : min(start + rows, tokens)])
+            self.append(tensor, next(self.source.rows(tensor, tokens, tokens + 1)))
+
+    def compare(self, tokens: int) -> None:
+        for tensor, file in self._files.items():
+            comparing = Comparing(self.source, tensor)
+            for start in range(0, tokens, 64):
+                comparing.write(start, file[start : min(start + 64, tokens)])
+
+    def close(self) -> None:
+        self._files.clear()
+        for path in self.directory.iterdir():
+            path.unlink()
+
+
+class Kept(Arm):
+    """penstock's store or cache."""
+
+    kept: KVStore | KVCache
+
+    def append(self, tensor: KVTensor, rows: NDArray[np.uint8]) -> None:
+        self.kept.append(tensor, rows)
+
+    def step(self, tokens: int) -> None:
+        device = self.device
+
+        class ToDevice:
+            def write(self, first: int, rows: NDArray[np.uint8]) -> None:
+                device.copy(rows)
+
+        tensors = self.workload.tensors
+        target = ToDevice()
+        fetches = deque(self.kept.fetch(tensor, target, tokens=tokens) for tensor in tensors[:_AHEAD])
+        for number, tensor in enumerate(tensors):
+            fetches.popleft().wait()
+            if number + _AHEAD < len(tensors):
+                fetches.append(self.kept.fetch(tensors[number + _AHEAD], target, tokens=tokens))
+            self.append(tensor, next(self.source.rows(tensor, tokens, tokens + 1)))
+        if isinstance(self.kept, KVCache):
+            self.kept.step()
+
+    def compare(self, tokens: int) -> None:
+        for tensor in self.workload.tensors:
+            comparing = Comparing(self.source, tensor)
+            self.kept.fetch(tensor, comparing, tokens=tokens).wait()
+            if comparing.rows != tokens:
+                raise RunError(f"{tensor}: {comparing.rows} rows of {tokens}")
+
+    def add(self) -> None:
+        for tensor in self.workload.tensors:
+            self.kept.add(tensor, self.workload.row_bytes, reserve_tokens=self.workload.tokens)
+
+
+class Stored(Kept):
+    """Every tensor on one path."""
+
+    def __init__(self, workload: Workload, directory: Path, path: Residence) -> None:
+        super().__init__(workload, directory)
+        self._closing = ExitStack()
+        made = self._closing.enter_context(
+            Region.create(directory / "region", _region_bytes(workload), owner="penstock bench")
+        )
+        engine = self._closing.enter_context(create_engine()[0])
+        pool = self._closing.enter_context(BufferPool(_POOL_BYTES, _BUFFER_BYTES))
+        store = self._closing.enter_context(KVStore(made, engine, pool))
+        self.kept = store
+        self.add()
+        for tensor in workload.tensors:
+            store.move(tensor, path)
+
+    def close(self) -> None:
+        self._closing.close()
+        (self.directory / "region").unlink()
+
+
+class Penstock(Kept):
+    """Both paths, as memory allows."""
+
+    def __init__(self, workload: Workload, directory: Path) -> None:
+        super().__init__(workload, directory)
+        self.kept = KVCache(directory, size_bytes=_region_bytes(workload))
+        self.add()
+
+    def prefill(self) -> None:
+        super().prefill()
+        assert isinstance(self.kept, KVCache)
+        self.kept.step()
+
+    def figures(self) -> dict[str, Any]:
+        assert isinstance(self.kept, KVCache)
+        found = self.kept.statistics()
+        pipeline = found.store.pipeline
+        return {
+            "engine": found.engine,
+            "cached_bytes": found.plan.cached_bytes,
+            "budget_bytes": found.plan.budget_bytes,
+            "moved": found.moved,
+            "chunk_bytes": pipeline.fitted.chunk_bytes,
+            "depth": pipeline.fitted.depth,
+            "starved_s": pipeline.starved_s,
+        }
+
+    def close(self) -> None:
+        self.kept.close()
+
+
+def _region_bytes(workload: Workload) -> int:
+    return workload.kv_bytes + 2 * workload.layers * 2 * MiB  # blocks that are not full
+
+
+def make_arm(name: str, workload: Workload, directory: Path) -> Arm:
+    """An arm by its name, as in the package's docstring."""
+    match name:
+        case "memmap" | "memmap-128":
+            return Memmap(workload, directory)
+        case "buffered":
+            return Stored(workload, directory, Residence.CACHED)
+        case "direct":
+            return Stored(workload, directory, Residence.DIRECT)
+        case "penstock":
+            return Penstock(workload, directory)
+    raise ValueError(f"no arm is called {name!r}")
+
+
+ARMS = ("memmap", "memmap-128", "buffered", "direct", "penstock")

@@ -1,0 +1,80 @@
+"""A real model on the CPU: its decode steps and its tokens, with each cache and each memory limit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+
+from bench.errors import RunError
+from bench.page_cache.limit import MemoryLimit
+from penstock.units import MiB, format_size
+
+_TOKENS, _BATCH, _STEPS = 4096, 2, 8
+_OWN_BYTES = 900 * MiB  # of the process itself: torch, the model, attention
+_LEAST_FASTER = 5.0  # a session's load than its prefill
+
+
+def real_model(console: Console, family: str, directory: Path, rounds: int, *, limited: bool) -> bool:
+    """Run and print; whether tokens are the same and sessions are as fast as they have to be."""
+    from bench.kv.model import kv_bytes
+
+    size_bytes = kv_bytes(family, _TOKENS, _BATCH)
+    console.print(f"{family}: {_TOKENS} tokens, batch {_BATCH}, KV {format_size(size_bytes)}", highlight=False)
+    passed = True
+    runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    limits = {"ample": None} | ({"half": _OWN_BYTES + size_bytes // 2} if limited else {})
+    for number in range(rounds):
+        for name, limit_bytes in limits.items():
+            arms = ("dynamic", "saved", "penstock", "session") if limit_bytes is None else ("saved", "penstock")
+            for arm in arms:
+                run = _run(arm, directory, family, limit_bytes)
+                runs.setdefault((name, arm), []).append(run)
+                console.print(
+                    f"round {number + 1}/{rounds}, {name}, {arm}: prefill {run['prefill_s']:.2f} s, "
+                    f"step {median(run['steps_s'][1:]):.3f} s, peak {format_size(run['peak_rss_bytes'])}",
+                    highlight=False,
+                )
+    expected = runs["ample", "dynamic"][0]
+    for (name, arm), values in runs.items():
+        same = all(run["tokens"] == expected["tokens"] and run["logits"] == expected["logits"] for run in values)
+        passed = passed and same
+        step_s = median(median(run["steps_s"][1:]) for run in values)
+        prefill_s = median(run["prefill_s"] for run in values)
+        told = "the same tokens and logits" if same else "OTHER TOKENS OR LOGITS"
+        console.print(f"{name:6} {arm:9} prefill {prefill_s:6.2f} s  step {step_s:.3f} s  {told}", highlight=False)
+    sessions = runs["ample", "session"]
+    faster = median(run["prefill_s"] / run["load_s"] for run in sessions)
+    good = faster >= _LEAST_FASTER
+    console.print(
+        f"{'PASS' if good else 'FAIL'}  loading the session ({median(run['load_s'] for run in sessions):.2f} s) is "
+        f"{faster:.1f} times as fast as its prefill ≥ {_LEAST_FASTER:.0f}",
+        highlight=False,
+    )
+    return passed and good
+
+
+def _run(arm: str, directory: Path, family: str, limit_bytes: int | None) -> dict[str, Any]:
+    command = [sys.executable, "-m", "bench.kv.model", arm, str(directory), family]
+    command += map(str, (_TOKENS, _BATCH, _STEPS))
+    limit = None if limit_bytes is None else MemoryLimit(limit_bytes)
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, preexec_fn=limit.enter if limit else None
+        )
+        kills = limit.use().oom_kills if limit else 0
+    finally:
+        if limit:
+            limit.remove()
+        for path in directory.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if done.returncode:
+        raise RunError(f"{arm}: exit status {done.returncode}, OOM kills {kills}: {done.stderr[-2000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found

@@ -1,0 +1,121 @@
+"""What is written and read, and the device that it is copied to."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bench.errors import RunError
+from penstock.kv.residency import KVTensor
+from penstock.storage.buffers import huge_buffer
+from penstock.units import MiB
+
+_SOURCE_BYTES = 48 * MiB  # of different rows, handed out again and again
+_DEVICE_BYTES = 64 * MiB
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """The shape of a cache.
+
+    Attributes:
+        row_bytes: what one token adds to one layer's keys or values, for the whole batch.
+        prompt: tokens that prefill writes.
+        steps: tokens that are decoded, the last one to compare.
+    """
+
+    layers: int
+    row_bytes: int
+    prompt: int
+    steps: int
+
+    @property
+    def tensors(self) -> list[KVTensor]:
+        """In the order in which a step asks for them."""
+        return [KVTensor(layer, kind) for layer in range(self.layers) for kind in ("keys", "values")]
+
+    @property
+    def tokens(self) -> int:
+        """At the end."""
+        return self.prompt + self.steps
+
+    @property
+    def kv_bytes(self) -> int:
+        """Of all rows at the end."""
+        return 2 * self.layers * self.tokens * self.row_bytes
+
+
+class Source:
+    """The rows of a workload."""
+
+    def __init__(self, workload: Workload) -> None:
+        count = max(2, _SOURCE_BYTES // workload.row_bytes)
+        self._rows = np.random.default_rng(1).integers(0, 256, (count, workload.row_bytes), np.uint8)
+
+    def _place(self, tensor: KVTensor, row: int) -> int:
+        return ((2 * tensor.layer + (tensor.kind == "values")) * 101 + row) % len(self._rows)
+
+    def rows(self, tensor: KVTensor, first: int, last: int) -> Iterator[NDArray[np.uint8]]:
+        """Rows ``[first, last)``, [rows, row_bytes], in pieces."""
+        while first < last:
+            place = self._place(tensor, first)
+            count = min(last - first, len(self._rows) - place)
+            yield self._rows[place : place + count]
+            first += count
+
+
+class Device:
+    """A ring of memory, one copy at a time."""
+
+    def __init__(self) -> None:
+        self._ring = np.frombuffer(huge_buffer(_DEVICE_BYTES), np.uint8)
+        self._at = 0
+        self._lock = threading.Lock()
+        self.copied_bytes = 0
+
+    def copy(self, rows: NDArray[np.uint8]) -> None:
+        """Take rows; their memory may be used again afterwards."""
+        flat = rows.reshape(-1)
+        with self._lock:
+            for start in range(0, len(flat), len(self._ring)):
+                part = flat[start : start + len(self._ring)]
+                if self._at + len(part) > len(self._ring):
+                    self._at = 0
+                np.copyto(self._ring[self._at : self._at + len(part)], part)
+                self._at += len(part)
+            self.copied_bytes += len(flat)
+
+    def bandwidth(self) -> float:
+        """Bytes a second of copies of 1 MiB from memory that is in no cache of the CPU's."""
+        source = np.frombuffer(huge_buffer(256 * MiB), np.uint8)
+        best = 0.0
+        for _ in range(5):
+            begin = time.perf_counter()
+            for start in range(0, len(source), MiB):
+                self.copy(source[start : start + MiB])
+            best = max(best, len(source) / (time.perf_counter() - begin))
+        return best
+
+
+class Comparing:
+    """A target that compares rows with what they must be."""
+
+    def __init__(self, source: Source, tensor: KVTensor) -> None:
+        self._source = source
+        self._tensor = tensor
+        self._lock = threading.Lock()
+        self.rows = 0
+
+    def write(self, first: int, rows: NDArray[np.uint8]) -> None:
+        at = 0
+        for expected in self._source.rows(self._tensor, first, first + len(rows)):
+            if not np.array_equal(rows[at : at + len(expected)], expected):
+                raise RunError(f"{self._tensor}: rows from {first + at} on are not what was written")
+            at += len(expected)
+        with self._lock:
+            self.rows += len(rows)

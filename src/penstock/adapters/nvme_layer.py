@@ -1,0 +1,375 @@
+"""One layer of `NVMeCache`, and what the layers of a cache share.
+
+A row of the store is what one token adds to one layer: [batch, heads, head_dim]. Attention wants [batch, heads, tokens,
+head_dim], so rows are transposed while they are copied. Beams are not rewritten when they are reordered: each token
+remembers which sequence of the stored row is meant by which of the batch.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers.cache_utils import CacheLayerMixin
+
+from penstock.kv.cache import KVCache
+from penstock.kv.pipeline import Fetch
+from penstock.kv.residency import KVTensor
+
+_SPARE_TOKENS = 64  # by which buffers are larger than needed, so that not every token wants a new one
+
+
+class SharedRows:
+    """What the layers of one cache share: the store, and the order in which they are asked."""
+
+    def __init__(self, cache: KVCache, reserve_tokens: int) -> None:
+        self.cache = cache
+        self.reserve_tokens = reserve_tokens
+        self.layers: list[NVMeLayer] = []
+        self.free_slots: list[_Slot] = []
+        self.new = 1  # tokens that a layer gets at once, as the last one did
+        self.reordered = False  # since the last step: what is fetched beforehand would be fetched in vain
+
+    def layer(self) -> NVMeLayer:
+        made = NVMeLayer(self, len(self.layers))
+        self.layers.append(made)
+        return made
+
+    def wanted(self, number: int) -> None:
+        """A layer's rows are waited for: have the device go on with the next one's, unless that is another step's."""
+        if number + 1 < len(self.layers):
+            self.layers[number + 1].begin()
+
+    def ended(self, number: int) -> None:
+        """A layer has been updated: fetch the next one's rows while it computes."""
+        following = (number + 1) % len(self.layers)
+        if not following:
+            self.cache.step()
+            if self.reordered:
+                self.reordered = False
+                return
+        self.layers[following].begin()
+
+    def slot(self, layer: NVMeLayer, tokens: int) -> _Slot:
+        """Memory for a layer's keys and values that nobody uses."""
+        for slot in self.free_slots:
+            if slot.fits(layer, tokens) and not slot.is_used:
+                self.free_slots.remove(slot)
+                return slot
+        self.free_slots = [slot for slot in self.free_slots if slot.is_used or slot.shares_shape(layer, tokens)][-2:]
+        return _Slot(layer, tokens + _SPARE_TOKENS)
+
+    def close(self) -> None:
+        for layer in self.layers:
+            layer.forget()
+        self.free_slots.clear()
+        self.cache.close()
+
+
+class _Slot:
+    """Keys and values of one layer where they are computed with: [batch, heads, capacity, head_dim] each."""
+
+    def __init__(self, layer: NVMeLayer, capacity: int) -> None:
+        self._views: list[weakref.ref[torch.Tensor]] = []
+        self.capacity = capacity
+        self.shapes = layer.shapes()
+        self.dtype, self.device = layer.dtype, layer.device
+        self.tensors = [
+            torch.empty((*shape[:2], capacity, shape[2]), dtype=self.dtype, device=self.device) for shape in self.shapes
+        ]
+
+    def shares_shape(self, layer: NVMeLayer, tokens: int) -> bool:
+        return (self.shapes, self.dtype, self.device) == (layer.shapes(), layer.dtype, layer.device)
+
+    def fits(self, layer: NVMeLayer, tokens: int) -> bool:
+        return self.capacity >= tokens and self.shares_shape(layer, tokens)
+
+    @property
+    def is_used(self) -> bool:
+        """Somebody still has what was handed out."""
+        return any(view() is not None for view in self._views)
+
+    def hand_out(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = (tensor[:, :, :tokens] for tensor in self.tensors)
+        self._views = [weakref.ref(keys), weakref.ref(values)]
+        return keys, values
+
+
+class _CpuTarget:
+    """Rows of the store, [batch, heads, head_dim] each, into host memory [batch, heads, tokens, head_dim]."""
+
+    def __init__(self, tensor: torch.Tensor, stored_batch: int, lineage: NDArray[np.int32] | None) -> None:
+        self._bytes = tensor.view(torch.uint8).numpy()  # without a copy; the last dimension is bytes now
+        self._lineage = lineage
+        self._row_shape = (stored_batch, tensor.shape[1], self._bytes.shape[-1])
+
+    def write(self, first: int, rows: NDArray[np.uint8]) -> None:
+        parts = rows.reshape(len(rows), *self._row_shape)
+        if self._lineage is not None:
+            lineage = self._lineage[first : first + len(rows)]
+            parts = parts[np.arange(len(rows))[:, None], lineage]
+        # numpy and not torch, which would start threads of its own in each thread that copies.
+        np.copyto(self._bytes[:, :, first : first + len(rows)], parts.transpose(1, 2, 0, 3))
+
+
+class _DeviceTarget:
+    """The same into the memory of a device, on a stream of its own where there are streams."""
+
+    def __init__(self, tensor: torch.Tensor, stored_batch: int, lineage: NDArray[np.int32] | None) -> None:
+        self._tensor = tensor
+        self._row_shape = (stored_batch, tensor.shape[1], tensor.shape[3])
+        self._lineage = lineage
+        self._stream: Any = None
+        if tensor.device.type == "cuda":
+            cuda: Any = torch.cuda
+            self._stream = cuda.Stream(tensor.device)
+            self._stream.wait_stream(cuda.current_stream(tensor.device))  # whoever had this memory before
+        self._lock = threading.Lock()
+
+    def write(self, first: int, rows: NDArray[np.uint8]) -> None:
+        source = torch.from_numpy(rows.reshape(-1)).view(self._tensor.dtype).view(len(rows), *self._row_shape)
+        if self._stream is None:
+            self._copy(first, source)
+            return
+        cuda: Any = torch.cuda
+        with self._lock, cuda.stream(self._stream):
+            self._copy(first, source)
+            event = cuda.Event()
+            event.record(self._stream)
+        event.synchronize()  # the source is somebody else's then
+
+    def _copy(self, first: int, source: torch.Tensor) -> None:
+        parts = source.to(self._tensor.device, non_blocking=True)
+        if self._lineage is not None:
+            lineage = torch.from_numpy(self._lineage[first : first + len(source)].astype(np.int64))
+            parts = parts[torch.arange(len(source))[:, None], lineage]
+        self._tensor[:, :, first : first + len(source)].copy_(parts.permute(1, 2, 0, 3))
+
+
+class NVMeLayer(CacheLayerMixin):
+    """One layer's keys and values in the store. Made by `NVMeCache`."""
+
+    is_sliding = False
+    is_croppable = True
+    is_compileable = False
+
+    def __init__(self, rows: SharedRows, number: int) -> None:
+        self._shared = rows
+        self.number = number
+        self._names = (KVTensor(number, "keys"), KVTensor(number, "values"))
+        self._tokens = 0
+        self._stored_batch = 0
+        self._lineage: NDArray[np.int32] | None = None  # [tokens, batch]: which of the stored sequences; None: the same
+        self._slot: _Slot | None = None
+        self._fetches: list[Fetch] = []
+        super().__init__()
+
+    # What the cache of a layer has in transformers.
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Take over shapes, dtype and device."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.batch, self.heads, _, self.key_dim = key_states.shape
+        self.value_dim = value_states.shape[-1]
+        self.value_heads = value_states.shape[1]
+        self._stored_batch = self.batch
+        for name, (batch, heads, dim) in zip(self._names, self.shapes(), strict=True):
+            row_bytes = batch * heads * dim * self.dtype.itemsize
+            self._shared.cache.add(name, row_bytes, reserve_tokens=self._shared.reserve_tokens)
+        self.is_initialized = True
+
+    def shapes(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """Of a token's keys and of its values: [batch, heads, head_dim]."""
+        return (self.batch, self.heads, self.key_dim), (self.batch, self.value_heads, self.value_dim)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add the states of new tokens, [batch, heads, tokens, head_dim]; returns those of all tokens."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        before, new = self._tokens, key_states.shape[-2]
+        if key_states.dtype != self.dtype or value_states.dtype != self.dtype:
+            raise ValueError(f"layer {self.number}: states are {key_states.dtype}, the cache holds {self.dtype}")
+        if len(key_states) != self.batch:
+            raise ValueError(f"layer {self.number}: states of {len(key_states)} sequences, the cache has {self.batch}")
+        if not before:
+            self._append(key_states, value_states)
+            self._shared.ended(self.number)
+            return key_states, value_states
+        self._shared.new = new
+        slot = self._fetched(before + new)
+        for tensor, states in zip(slot.tensors, (key_states, value_states), strict=True):
+            tensor[:, :, before : before + new] = states
+        self._append(key_states, value_states)
+        keys, values = slot.hand_out(before + new)
+        self._shared.free_slots.append(slot)
+        self._shared.ended(self.number)
+        return keys, values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of what `update` is going to return."""
+        return self._tokens + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens there are."""
+        return self._tokens
+
+    def get_max_length(self) -> int:
+        """None, which is −1."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self.forget()
+        if self.is_initialized:
+            for name in self._names:
+                self._shared.cache.remove(name)
+        self._tokens = 0
+        self._lineage = None
+        self.is_initialized = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens; the number is negative, as in transformers."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): give the number of tokens to remove as a negative number")
+        if not tokens_to_remove or not self.is_initialized:
+            return
+        self.forget()
+        self._tokens = max(0, self._tokens + tokens_to_remove)
+        for name in self._names:
+            self._shared.cache.truncate(name, self._tokens)
+        if self._lineage is not None:
+            self._lineage = self._lineage[: self._tokens]
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Have sequence i continue sequence ``beam_idx[i]``."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep these sequences, in this order."""
+        if not self._tokens:
+            return
+        self.forget()
+        self._shared.reordered = True
+        if self._lineage is None:
+            self._lineage = self._same()
+        chosen = np.arange(self.batch)[indices.cpu().numpy()]
+        self._lineage = self._lineage[:, chosen]
+        self.batch = len(chosen)
+        if self.batch > self._stored_batch:
+            self._store_again()
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Have each sequence so many times, side by side."""
+        self.batch_select_indices(torch.arange(self.batch if self.is_initialized else 0).repeat_interleave(repeats))
+
+    def offload(self) -> None:
+        """Nothing is kept on the device."""
+
+    def prefetch(self) -> None:
+        """Begin to fetch what `update` is going to return."""
+        self.begin()
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """All of them, read from the store; None before there are any."""
+        return self._read(0)
+
+    @keys.setter
+    def keys(self, value: torch.Tensor | None) -> None:
+        self._replace(0, value)
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """All of them, read from the store; None before there are any."""
+        return self._read(1)
+
+    @values.setter
+    def values(self, value: torch.Tensor | None) -> None:
+        self._replace(1, value)
+
+    # What the cache's own do.
+
+    def begin(self) -> None:
+        """Begin to fetch what there is, unless that has begun."""
+        if not self._tokens or self._fetches:
+            return
+        self._slot = self._shared.slot(self, self._tokens + self._shared.new)
+        self._fetches = [
+            self._shared.cache.fetch(name, self._target(tensor))
+            for name, tensor in zip(self._names, self._slot.tensors, strict=True)
+        ]
+
+    def forget(self) -> None:
+        """Stop what `begin` has begun."""
+        fetches, self._fetches = self._fetches, []
+        for fetch in fetches:
+            fetch.cancel()
+        if self._slot is not None:
+            self._shared.free_slots.append(self._slot)
+            self._slot = None
+
+    def _target(self, tensor: torch.Tensor) -> _CpuTarget | _DeviceTarget:
+        kind = _CpuTarget if tensor.device.type == "cpu" else _DeviceTarget
+        return kind(tensor, self._stored_batch, self._lineage)
+
+    def _fetched(self, capacity: int) -> _Slot:
+        """All rows so far, in memory for so many."""
+        self.begin()
+        self._shared.wanted(self.number)
+        fetches, self._fetches = self._fetches, []
+        slot, self._slot = self._slot, None
+        assert slot is not None
+        for fetch in fetches:
+            fetch.wait()
+        if slot.capacity >= capacity:
+            return slot
+        larger = self._shared.slot(self, capacity)
+        for into, tensor in zip(larger.tensors, slot.tensors, strict=True):
+            into[:, :, : self._tokens] = tensor[:, :, : self._tokens]
+        self._shared.free_slots.append(slot)
+        return larger
+
+    def _append(self, *states: torch.Tensor) -> None:
+        new = states[0].shape[-2]
+        for name, each in zip(self._names, states, strict=True):
+            rows = each.detach().permute(2, 0, 1, 3)
+            if self.batch < self._stored_batch:
+                rows = torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, self._stored_batch - self.batch))
+            packed = rows.contiguous().cpu().view(torch.uint8).numpy()
+            self._shared.cache.append(name, packed.reshape(new, -1))
+        if self._lineage is not None:
+            more = np.tile(np.arange(self.batch, dtype=np.int32), (new, 1))
+            self._lineage = np.concatenate((self._lineage, more))
+        self._tokens += new
+
+    def _store_again(self) -> None:
+        """Put all rows down anew, as the stored ones have no room for so many sequences."""
+        states = [self._read(0), self._read(1)]
+        for name in self._names:
+            self._shared.cache.remove(name)
+        self._tokens, self._lineage = 0, None
+        assert states[0] is not None
+        assert states[1] is not None
+        self.lazy_initialization(*states)
+        self._append(*states)
+
+    def _same(self) -> NDArray[np.int32]:
+        return np.tile(np.arange(self.batch, dtype=np.int32), (self._tokens, 1))
+
+    def _read(self, which: int) -> torch.Tensor | None:
+        if not self.is_initialized:
+            return None
+        batch, heads, dim = self.shapes()[which]
+        found = torch.empty((batch, heads, self._tokens, dim), dtype=self.dtype, device=self.device)
+        self._shared.cache.fetch(self._names[which], self._target(found)).wait()
+        return found
+
+    def _replace(self, which: int, value: torch.Tensor | None) -> None:
+        if value is not None:
+            raise AttributeError(f"layer {self.number}: keys and values are set by update, or cut off by crop")

@@ -1,0 +1,288 @@
+"""A KV cache over two paths: a store, and the budget that says which of its tensors go through the page cache."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pathlib
+import stat
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Literal, Self, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from penstock.errors import RegionError
+from penstock.kv.codec import RAW, Codec
+from penstock.kv.pipeline import Fetch, Target
+from penstock.kv.residency import Budget, Decision, KVTensor, Path, Plan, Ranking, Reading, by_layer, plan
+from penstock.kv.store import KVStore, StoreStatistics
+from penstock.linux.memory import MemoryReader, Pressure, read_pressure
+from penstock.storage.choose import EngineName, create_engine
+from penstock.storage.pool import BufferPool
+from penstock.storage.region import Region
+from penstock.units import MiB, format_size
+
+OWNER = "penstock kv"
+
+Memory: TypeAlias = int | Literal["auto"]
+
+_BUFFER_BYTES = 4 * MiB
+_POOL_BYTES = 64 * MiB
+_FIRST_BYTES = 256 * MiB  # of a region whose size is not known
+_LARGEST_STEP_BYTES = 4096 * MiB  # by which it grows at once
+_RESERVE_SHARE = 1 / 16  # of the limit, for whoever else needs memory; chosen without measurement
+_PRESSURE_EVERY_S = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class KVStatistics:
+    """How a cache is doing.
+
+    Attributes:
+        engine: that moves its bytes, and why it is no better one ("" if it is the best).
+        fallback: why not a better engine.
+        is_direct: the direct path avoids the page cache; the file system can refuse that.
+        plan: where each tensor is, and why.
+        steps: that were planned for.
+        moved: tensors that have changed their path since they were new, each time counted.
+        store: what was read and written.
+    """
+
+    engine: str
+    fallback: str
+    is_direct: bool
+    plan: Plan
+    steps: int
+    moved: int
+    store: StoreStatistics
+
+
+class KVCache:
+    """Tensors of rows on a storage device, as many of them through the page cache as memory allows.
+
+    A step is what happens between two calls of `step`: each tensor is fetched, and appended to. Only `step` moves
+    tensors between the paths.
+
+    Args:
+        path: a directory, in which there will be a file without a name, gone with the process; a file that does not
+            exist yet, removed when it is closed; or a block device, all of which is used.
+        memory: bytes that cached tensors may take, or ``auto``: what memory there is, at every step anew. A number is
+            kept to as long as there is that much.
+        size_bytes: of the region; 0 if that is not known: it grows then.
+        engine: ``auto``, ``uring`` or ``threads``.
+        pool_bytes: for buffers: all caches of the process share those that the first of them has set aside.
+        codec: what blocks pass through.
+        ranking: which tensors are worth memory.
+        overwrite: a device may be overwritten though it carries something; see `Region.create`.
+        destroying: what it carries.
+
+    Raises:
+        RegionError: the device carries something, or is in use.
+        FileExistsError: the file is there.
+        OSError: ENOSPC: the size cannot be had.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        memory: Memory = "auto",
+        size_bytes: int = 0,
+        engine: EngineName = "auto",
+        pool_bytes: int = _POOL_BYTES,
+        codec: Codec = RAW,
+        ranking: Ranking = by_layer,
+        overwrite: bool = False,
+        destroying: str = "",
+    ) -> None:
+        if memory != "auto" and memory < 0:
+            raise ValueError(f"memory: {memory} bytes; give 0 or more, or 'auto'")
+        self._memory = memory
+        self._ranking = ranking
+        with ExitStack() as undo:
+            self._can_grow = not size_bytes
+            self._region, remove = _create(pathlib.Path(path), size_bytes, overwrite, destroying)
+            undo.callback(remove)
+            undo.callback(self._region.close)
+            pool = undo.enter_context(_shared_pool(max(pool_bytes, 4 * _BUFFER_BYTES)))
+            made, self._fallback = create_engine(engine)
+            self._engine = undo.enter_context(made)
+            self._store = undo.enter_context(KVStore(self._region, self._engine, pool, codec=codec))
+            self._reader = MemoryReader()
+            undo.callback(self._reader.close)
+            self._pressure: tuple[float, Pressure | None] = (time.monotonic(), read_pressure())
+            self._budget = Budget(self._reading(), reserve_bytes=0)
+            self._plan = plan({}, 0)
+            self._steps = self._moved = 0
+            self._closing = undo.pop_all()
+        _live.add(self)
+        weakref.finalize(self, self._closing.close)  # of one that nobody has closed
+
+    @property
+    def plan(self) -> Plan:
+        """Where each tensor is, and why."""
+        return self._plan
+
+    def add(self, name: KVTensor, row_bytes: int, *, reserve_tokens: int = 0) -> None:
+        """A new tensor without rows; see `KVStore.add`. It is on the direct path until the next step."""
+        self._with_room(lambda: self._store.add(name, row_bytes, reserve_tokens=reserve_tokens))
+
+    def append(self, name: KVTensor, rows: NDArray[np.uint8]) -> None:
+        """Add rows, [rows, row_bytes]; see `KVStore.append`."""
+        self._with_room(lambda: self._store.append(name, rows))
+
+    def fetch(self, name: KVTensor, target: Target, *, tokens: int | None = None) -> Fetch:
+        """Begin to bring rows to a target; see `KVStore.fetch`."""
+        return self._store.fetch(name, target, tokens=tokens)
+
+    def read(self, name: KVTensor, *, tokens: int | None = None) -> NDArray[np.uint8]:
+        """All rows, or the first so many: [tokens, row_bytes]; see `KVStore.read`."""
+        return self._store.read(name, tokens=tokens)
+
+    def truncate(self, name: KVTensor, tokens: int) -> None:
+        """Keep the first rows only; see `KVStore.truncate`."""
+        self._store.truncate(name, tokens)
+
+    def remove(self, name: KVTensor) -> None:
+        """Forget a tensor; see `KVStore.remove`."""
+        self._store.remove(name)
+
+    def tokens(self, name: KVTensor) -> int:
+        """Rows of a tensor; KeyError for one that is not there."""
+        return self._store.tensors[name].tokens
+
+    def step(self) -> Sequence[Decision]:
+        """Decide anew where tensors are; returns what has moved. Nothing may be being fetched."""
+        self._steps += 1
+        budget_bytes = self._budget.update(self._reading())
+        sizes = {name: tensor.stored_bytes for name, tensor in self._store.tensors.items()}
+        before, self._plan = self._plan, plan(sizes, budget_bytes, self._ranking)
+        moved = []
+        for decision in self._plan.decisions.values():
+            if decision.path is not self._store.tensors[decision.tensor].path:
+                self._store.move(decision.tensor, decision.path)
+                moved.append(decision)
+        self._moved += len(self._plan.moved(before))
+        return moved
+
+    def _reading(self) -> Reading:
+        state = self._reader.read()
+        headroom_bytes = max(0, state.headroom_bytes - int(state.limit_bytes * _RESERVE_SHARE))
+        if self._memory != "auto":
+            headroom_bytes = min(headroom_bytes, self._memory)
+        else:
+            headroom_bytes = self._share(headroom_bytes)
+        return Reading(headroom_bytes, self._stalled_share())
+
+    def _share(self, headroom_bytes: int) -> int:
+        """What of it is this cache's, beside the others of the process: by their sizes."""
+        others = [cache for cache in list(_live) if cache is not self]
+        given = sum(cache.plan.cached_bytes for cache in others if cache._memory != "auto")
+        own = self._stored_bytes()
+        total = own + sum(cache._stored_bytes() for cache in others if cache._memory == "auto")
+        return max(0, headroom_bytes - given) * own // total if total > own else max(0, headroom_bytes - given)
+
+    def _stored_bytes(self) -> int:
+        return sum(tensor.stored_bytes for tensor in self._store.tensors.values())
+
+    def _stalled_share(self) -> float:
+        then_s, before = self._pressure
+        now_s = time.monotonic()
+        if before is None or now_s - then_s < _PRESSURE_EVERY_S:
+            return 0.0
+        after = read_pressure()
+        self._pressure = now_s, after
+        if after is None or after.source != before.source:
+            return 0.0
+        return max(0.0, (after.full_total_us - before.full_total_us) / 1e6 / (now_s - then_s))
+
+    def _with_room(self, do: Callable[[], object]) -> None:
+        """Do something that takes space of the region, and make that larger where it may be."""
+        while True:
+            try:
+                do()
+            except OSError as error:
+                if error.errno != errno.ENOSPC or not self._can_grow:
+                    raise
+                size_bytes = self._region.size_bytes
+                self._region.grow(size_bytes + min(size_bytes, _LARGEST_STEP_BYTES))
+            else:
+                return
+
+    def statistics(self) -> KVStatistics:
+        """The figures at this moment."""
+        return KVStatistics(
+            self._engine.name,
+            self._fallback,
+            self._region.is_direct,
+            self._plan,
+            self._steps,
+            self._moved,
+            self._store.statistics(),
+        )
+
+    def close(self) -> None:
+        """Give everything back; what it holds is lost. A second time does nothing."""
+        _live.discard(self)
+        self._closing.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+_live: weakref.WeakSet[KVCache] = weakref.WeakSet()
+_pool_lock = threading.Lock()
+_pool: tuple[BufferPool, int] | None = None  # with the number of its users
+
+
+@contextmanager
+def _shared_pool(size_bytes: int) -> Iterator[BufferPool]:
+    """The buffers of all caches of this process."""
+    global _pool
+    with _pool_lock:
+        pool, users = _pool or (BufferPool(size_bytes, _BUFFER_BYTES), 0)
+        _pool = pool, users + 1
+    try:
+        yield pool
+    finally:
+        with _pool_lock:
+            assert _pool is not None
+            _pool = (pool, _pool[1] - 1) if _pool[1] > 1 else None
+            if _pool is None:
+                pool.close()
+
+
+def _create(path: pathlib.Path, size_bytes: int, overwrite: bool, destroying: str) -> tuple[Region, Callable[[], None]]:
+    """A region, and what removes it."""
+    if path.exists() and stat.S_ISBLK(path.stat().st_mode):
+        try:
+            region = Region.open(path, owner=OWNER)  # of one that has ended: nothing of it can be used again
+        except RegionError:
+            region = Region.create(path, size_bytes, owner=OWNER, overwrite=overwrite, destroying=destroying)
+        if region.size_bytes < size_bytes:
+            region.close()
+            carried = f"a region of {OWNER}"
+            region = Region.create(path, size_bytes, owner=OWNER, overwrite=True, destroying=carried)
+        return region, lambda: None
+    wanted_bytes = size_bytes or _FIRST_BYTES
+    if path.is_dir():
+        path = path / f".penstock-kv-{os.urandom(8).hex()}"
+        region = Region.create(path, wanted_bytes, owner=OWNER)
+        path.unlink()  # gone with the process, however that ends
+        return region, lambda: None
+    if path.exists():
+        raise FileExistsError(
+            errno.EEXIST,
+            f"is there already; remove it, or give a directory ({format_size(path.stat().st_size)})",
+            str(path),
+        )
+    return Region.create(path, wanted_bytes, owner=OWNER), lambda: path.unlink(missing_ok=True)

@@ -1,0 +1,566 @@
+"""Rows on their way: storage reads, verification and copies of different chunks at the same time, writes in between.
+
+Each fetch is cut into chunks. Those of tensors on the direct path are read by the engine into buffers of the pool, as
+many at once as `penstock.kv.fit` says; threads verify what has landed and hand it to the target, and read what is in
+the page cache by themselves. Fetches are served in their order, but the device does not wait for that: while the rows
+of a cached tensor are copied, the next direct ones are read.
+
+Writes yield: they go to the device when no read is waiting for it, or when the pool runs short of buffers.
+"""
+
+from __future__ import annotations
+
+import errno
+import heapq
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from penstock.errors import KVError
+from penstock.kv.fit import Fit, Fitted
+from penstock.kv.residency import Path
+from penstock.kv.tensor import Run, StoredTensor, checksum
+from penstock.storage.base import READ, WRITE, Engine, batch
+from penstock.storage.exiting import before_exit
+from penstock.storage.pool import Block, BufferPool
+
+_WORKERS = 2
+_REFIT_CHUNKS = 32
+_WRITES_AT_ONCE = 8
+_KEPT_FOR_WRITES = 2  # buffers that reads leave
+_LOOK_AGAIN_S = 0.01  # for a buffer that another cache has given back
+
+
+class Target(Protocol):
+    """Where rows go. Called from several threads at once, for different rows, in any order."""
+
+    def write(self, first: int, rows: NDArray[np.uint8]) -> None:
+        """Take rows ``[first, first + len(rows))``, [rows, row_bytes]; they must be copied before it returns."""
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineStatistics:
+    """What a pipeline has done so far."""
+
+    direct_bytes: int  # read past the page cache
+    cached_bytes: int  # read through it
+    written_bytes: int
+    tried_again: int  # chunks that failed or were damaged at first
+    starved_s: float  # the device had nothing to do while chunks were waiting for a buffer
+    fitted: Fitted
+
+
+class Fetch:
+    """Rows of one tensor on their way to a target. Made by `Pipeline.fetch`."""
+
+    def __init__(self, pipeline: Pipeline, number: int, tensor: StoredTensor, target: Target) -> None:
+        self._pipeline = pipeline
+        self.number = number
+        self.tensor = tensor
+        self.target = target
+        self.left = 0  # chunks; the pipeline's to count
+        self.error: BaseException | None = None
+        self.is_cancelled = False
+
+    def wait(self) -> None:
+        """Until all rows are there.
+
+        Raises:
+            KVError: some could not be read, or are not what was stored.
+        """
+        self._pipeline.wait(self)
+
+    def cancel(self) -> None:
+        """Have nothing more written to the target; waits for what is just being written."""
+        self._pipeline.cancel(self)
+
+
+@dataclass(slots=True)
+class _Chunk:
+    fetch: Fetch
+    run: Run
+    memory: Block | None = None
+    is_again: bool = False
+
+    @property
+    def size_bytes(self) -> int:
+        return (self.run.last - self.run.first) * self.fetch.tensor.shape.block_bytes
+
+
+@dataclass(slots=True)
+class _Write:
+    tensor: StoredTensor
+    run: Run
+    memory: Block
+    is_again: bool = False
+
+    @property
+    def size_bytes(self) -> int:
+        return (self.run.last - self.run.first) * self.tensor.shape.block_bytes
+
+
+@dataclass(order=True, slots=True)
+class _Ready:
+    number: int
+    first: int
+    chunk: _Chunk = field(compare=False)
+
+
+class Pipeline:
+    """Fetches and writes of one region. Threads are started by the first of either.
+
+    Args:
+        name: of the region, for messages.
+        engine: nobody else waits for its completions; stays the caller's.
+        pool: its buffers hold one block at least; stays the caller's.
+        direct_fd: for reads of direct tensors, and all writes.
+        cached_fd: reads through the page cache.
+        smallest_bytes: of a chunk.
+        workers: threads that verify and copy.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        engine: Engine,
+        pool: BufferPool,
+        direct_fd: int,
+        cached_fd: int,
+        *,
+        smallest_bytes: int,
+        workers: int = _WORKERS,
+    ) -> None:
+        self._name = name
+        self._engine = engine
+        self._pool = pool
+        self._cached_fd = cached_fd
+        self._file = engine.add_file(direct_fd)
+        self._buffers = pool.add_to(engine)
+        figures = pool.statistics()
+        self._most_reads = max(1, figures.blocks - _KEPT_FOR_WRITES)
+        self._fit = Fit(smallest_bytes, figures.block_bytes, self._most_reads)
+        self._fitted = self._fit.fitted()
+        self._condition = threading.Condition()
+        self._reads: deque[_Chunk] = deque()  # waiting for a buffer
+        self._writes: deque[_Write] = deque()  # waiting for the device
+        self._operations: dict[int, _Chunk | _Write] = {}  # in the engine, by token
+        self._ready: list[_Ready] = []  # for the workers, a heap
+        self._reading = self._writing = self._held = 0  # in the engine; buffers that reads have
+        self._urgent = 0  # who waits for writes
+        self._token = self._number = self._since_fit = 0
+        self._worker_count = workers
+        self._threads: list[threading.Thread] = []
+        self._ending = False
+        self._broken: BaseException | None = None
+        self._forget_exit: Callable[[], None] = lambda: None
+        self._direct_bytes = self._cached_bytes = self._written_bytes = self._tried_again = 0
+        self._starved_s = 0.0
+        self._starved_since = self._busy_since = self._returned_at = 0.0
+
+    # What callers do.
+
+    def fetch(
+        self,
+        tensor: StoredTensor,
+        target: Target,
+        *,
+        tokens: int | None = None,
+        blocks: tuple[int, int] | None = None,
+    ) -> Fetch:
+        """Begin to bring rows to a target: all that there are, the first so many, or those of some whole blocks.
+
+        Raises:
+            KVError: the tensor is lost.
+        """
+        tensor.check()
+        tokens = tensor.tokens if tokens is None else tokens
+        if not 0 <= tokens <= tensor.tokens:
+            raise ValueError(f"{tensor.name}: {tokens} rows of {tensor.tokens}")
+        in_blocks = min(tensor.shape.blocks(tokens), tensor.whole_blocks)
+        first, last = (0, in_blocks) if blocks is None else blocks
+        with self._condition:
+            self._check()
+            self._wait_written(tensor)
+            self._number += 1
+            fetch = Fetch(self, self._number, tensor, _Cut(target, tokens))
+            chunks = [_Chunk(fetch, run) for run in tensor.runs(first, last, self._fitted.chunk_bytes)]
+            fetch.left = len(chunks)
+            if chunks:
+                self._start()
+            if tensor.path is Path.CACHED:
+                for chunk in chunks:
+                    self._hand_over(chunk)
+            else:
+                self._reads.extend(chunks)
+                self._pump()
+        in_tail = tokens - in_blocks * tensor.shape.rows
+        if in_tail > 0 and blocks is None:
+            target.write(in_blocks * tensor.shape.rows, tensor.tail[:in_tail])
+        return fetch
+
+    def wait(self, fetch: Fetch) -> None:
+        """See `Fetch.wait`."""
+        with self._condition:
+            self._condition.wait_for(lambda: not fetch.left or fetch.error is not None or self._broken is not None)
+            if fetch.error is not None:
+                self.cancel(fetch)
+                raise fetch.error
+            if fetch.left:
+                self._check()
+            if fetch.is_cancelled:
+                raise RuntimeError(f"{self._name}: the fetch of {fetch.tensor.name} was cancelled")
+
+    def cancel(self, fetch: Fetch) -> None:
+        """See `Fetch.cancel`."""
+        with self._condition:
+            fetch.is_cancelled = True
+            self._drop(lambda chunk: chunk.fetch is fetch)
+            self._condition.wait_for(lambda: not fetch.left or self._broken is not None)
+
+    def buffer(self) -> Block:
+        """A buffer to write from; waits until there is one."""
+        with self._condition:
+            self._check()
+            self._urgent += 1
+            try:
+                while (block := self._pool.acquire_nowait()) is None:
+                    self._pump()
+                    self._condition.wait(_LOOK_AGAIN_S)
+                    self._check()
+            finally:
+                self._urgent -= 1
+            return block
+
+    def write(self, tensor: StoredTensor, run: Run, memory: Block) -> None:
+        """Have blocks written from a buffer of `buffer`, which is given back then."""
+        with self._condition:
+            self._check()
+            tensor.writing.update(range(run.first, run.last))
+            self._writes.append(_Write(tensor, run, memory))
+            self._start()
+            self._pump()
+
+    def settle(self, tensor: StoredTensor) -> None:
+        """Wait until all of a tensor's blocks are on the device.
+
+        Raises:
+            KVError: the tensor is lost.
+        """
+        with self._condition:
+            self._wait_written(tensor)
+
+    def statistics(self) -> PipelineStatistics:
+        """The figures at this moment."""
+        with self._condition:
+            return PipelineStatistics(
+                self._direct_bytes,
+                self._cached_bytes,
+                self._written_bytes,
+                self._tried_again,
+                self._starved_s,
+                self._fit.fitted(),
+            )
+
+    def close(self) -> None:
+        """End everything, write nothing that has not been begun; a second time does nothing."""
+        with self._condition:
+            if self._ending:
+                return
+            self._ending = True
+            self._drop(lambda _: True)
+            for write in self._writes:
+                self._pool.release(write.memory)
+            self._writes.clear()
+            self._condition.notify_all()
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join()
+        self._forget_exit()
+        if not self._operations:
+            for buffer in self._buffers:
+                self._engine.remove_buffer(buffer)
+            self._engine.remove_file(self._file)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # What follows needs the lock, but for the threads' own functions.
+
+    def _check(self) -> None:
+        if self._broken is not None:
+            raise KVError(f"{self._name}: its pipeline has ended: {self._broken}") from self._broken
+        if self._ending:
+            raise RuntimeError(f"{self._name}: closed")
+
+    def _start(self) -> None:
+        if self._threads:
+            return
+        self._forget_exit = before_exit(self.close)
+        jobs = [("landing", self._serve), *((f"copy-{number}", self._work) for number in range(self._worker_count))]
+        for name, job in jobs:
+            thread = threading.Thread(target=self._run, args=(job,), name=f"penstock-kv-{name}", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def _wait_written(self, tensor: StoredTensor) -> None:
+        self._urgent += 1
+        try:
+            while tensor.writing:  # even of one that is lost: its space may be somebody else's next
+                self._check()
+                self._pump()
+                self._condition.wait()
+        finally:
+            self._urgent -= 1
+        tensor.check()
+
+    def _hand_over(self, chunk: _Chunk) -> None:
+        heapq.heappush(self._ready, _Ready(chunk.fetch.number, chunk.run.first, chunk))
+        self._condition.notify_all()
+
+    def _drop(self, unwanted: Callable[[_Chunk], bool]) -> None:
+        """Forget chunks that nobody works on; their fetches will never be whole."""
+        for chunk in [chunk for chunk in self._reads if unwanted(chunk)]:
+            self._reads.remove(chunk)
+            self._forget(chunk)
+        for ready in [ready for ready in self._ready if unwanted(ready.chunk)]:
+            self._ready.remove(ready)
+            self._forget(ready.chunk)
+        heapq.heapify(self._ready)
+
+    def _forget(self, chunk: _Chunk) -> None:
+        chunk.fetch.is_cancelled = True
+        self._finish(chunk)
+
+    def _finish(self, chunk: _Chunk) -> None:
+        chunk.fetch.left -= 1
+        self._give_back(chunk)
+        self._condition.notify_all()
+
+    def _give_back(self, chunk: _Chunk) -> None:
+        if chunk.memory is None:
+            return
+        self._pool.release(chunk.memory)
+        chunk.memory = None
+        self._held -= 1
+        now = time.monotonic()
+        if self._reads and self._returned_at:
+            self._fit.paused(now - self._returned_at)
+        self._returned_at = now if self._reads else 0.0
+
+    def _pump(self) -> None:
+        """Give the engine what it may have."""
+        begun: list[_Chunk | _Write] = []
+        depth = min(self._fitted.depth, self._most_reads)
+        while self._reads and self._held < depth and (memory := self._pool.acquire_nowait()) is not None:
+            chunk = self._reads.popleft()
+            chunk.memory = memory
+            self._held += 1
+            self._reading += 1
+            begun.append(chunk)
+        while self._writes and self._writing < _WRITES_AT_ONCE and (self._urgent or not self._reads):
+            self._writing += 1
+            begun.append(self._writes.popleft())
+        now = time.monotonic()
+        if begun and not self._operations:
+            self._busy_since = now
+        if self._starved_since and (begun or not self._reads):
+            self._starved_s += now - self._starved_since
+            self._starved_since = 0.0
+        elif self._reads and not self._reading and not begun and not self._starved_since:
+            self._starved_since = now
+        if begun:
+            self._submit(begun)
+
+    def _submit(self, begun: list[_Chunk | _Write]) -> None:
+        first = self._token
+        self._token += len(begun)
+        memory = [operation.memory for operation in begun]
+        requests = batch(
+            READ,
+            file=self._file,
+            offset=[operation.run.offset for operation in begun],
+            length=[operation.size_bytes for operation in begun],
+            buffer=[self._buffers[block.slab] for block in memory if block is not None],
+            buffer_offset=[block.offset for block in memory if block is not None],
+            token=np.arange(first, self._token),
+        )
+        requests["operation"] = [READ if isinstance(operation, _Chunk) else WRITE for operation in begun]
+        self._operations.update(zip(range(first, self._token), begun, strict=True))
+        self._engine.submit(requests)
+        self._condition.notify_all()
+
+    # The threads.
+
+    def _run(self, job: Callable[[], None]) -> None:
+        try:
+            job()
+        except BaseException as error:  # noqa: BLE001 — whatever it is, those who wait are to hear of it
+            with self._condition:
+                self._broken = self._broken or error
+                self._condition.notify_all()
+
+    def _serve(self) -> None:
+        """Takes what the engine has done."""
+        while True:
+            with self._condition:
+                while not self._operations and not self._ending:
+                    self._condition.wait(_LOOK_AGAIN_S if self._reads else None)
+                    self._pump()
+                if not self._operations:
+                    return
+            done = self._engine.wait(1)
+            with self._condition:
+                now = time.monotonic()
+                moved = 0
+                for token, result in zip(done["token"].tolist(), done["result"].tolist(), strict=True):
+                    operation = self._operations.pop(token)
+                    moved += max(0, result)
+                    if isinstance(operation, _Chunk):
+                        self._landed(operation, result)
+                    else:
+                        self._written(operation, result)
+                self._fit.read(moved, now - self._busy_since)
+                self._busy_since = now
+                if not self._ending:
+                    self._pump()
+
+    def _landed(self, chunk: _Chunk, result: int) -> None:
+        self._reading -= 1
+        if chunk.fetch.is_cancelled or self._ending:
+            self._forget(chunk)
+        elif result != chunk.size_bytes:
+            self._failed(chunk, self._trouble(chunk, result))
+        else:
+            self._direct_bytes += result
+            self._hand_over(chunk)
+
+    def _trouble(self, operation: _Chunk | _Write, result: int) -> KVError:
+        tensor = operation.fetch.tensor if isinstance(operation, _Chunk) else operation.tensor
+        verb = "reading" if isinstance(operation, _Chunk) else "writing"
+        what = os.strerror(-result) if result < 0 else f"{result} bytes of {operation.size_bytes}, then it ends"
+        run = operation.run
+        error = KVError(
+            f"{self._name}: {verb} {tensor.name}, blocks {run.first} to {run.last - 1}, at offset {run.offset}: "
+            f"{what}, twice; what it held has to be computed again, elsewhere if the device is failing"
+        )
+        error.__cause__ = OSError(-result if result < 0 else errno.EIO, what)
+        return error
+
+    def _failed(self, chunk: _Chunk, error: KVError) -> None:
+        """Try once more, past the page cache; then the fetch has failed."""
+        if chunk.is_again or chunk.fetch.is_cancelled or self._ending:
+            chunk.fetch.error = chunk.fetch.error or error
+            self._finish(chunk)
+            return
+        self._tried_again += 1
+        chunk.is_again = True
+        self._give_back(chunk)
+        self._reads.appendleft(chunk)
+        self._pump()
+
+    def _written(self, write: _Write, result: int) -> None:
+        self._writing -= 1
+        if result == write.size_bytes:
+            self._written_bytes += result
+        elif not write.is_again and not self._ending:
+            self._tried_again += 1
+            write.is_again = True
+            self._writes.appendleft(write)
+            return
+        else:
+            write.tensor.error = write.tensor.error or self._trouble(write, result)
+        write.tensor.writing.difference_update(range(write.run.first, write.run.last))
+        self._pool.release(write.memory)
+        self._condition.notify_all()
+
+    def _work(self) -> None:
+        """Verifies and copies."""
+        scratch = np.zeros(self._pool.statistics().block_bytes, np.uint8)  # touched as far as blocks are large
+        while True:
+            with self._condition:
+                self._condition.wait_for(lambda: self._ready or self._ending)
+                if self._ending:
+                    return
+                chunk = heapq.heappop(self._ready).chunk
+            trouble: KVError | None = None
+            try:
+                if not chunk.fetch.is_cancelled:
+                    trouble = self._deliver(chunk, scratch)
+            except BaseException as error:  # noqa: BLE001 — the target's
+                chunk.fetch.error = chunk.fetch.error or error
+            with self._condition:
+                if trouble is not None:
+                    self._failed(chunk, trouble)
+                    continue
+                self._finish(chunk)
+                self._since_fit += 1
+                if self._since_fit >= _REFIT_CHUNKS:
+                    self._since_fit = 0
+                    self._fitted = self._fit.fitted()
+                if not self._ending:
+                    self._pump()
+
+    def _deliver(self, chunk: _Chunk, scratch: NDArray[np.uint8]) -> KVError | None:
+        """Verify and copy block by block: one that is read from the page cache is still in the CPU's then."""
+        started_s = time.perf_counter()
+        tensor, run = chunk.fetch.tensor, chunk.run
+        shape = tensor.shape
+        landed = None if chunk.memory is None else np.frombuffer(chunk.memory.memory, np.uint8)
+        for number in range(run.first, run.last):
+            start = (number - run.first) * shape.block_bytes
+            if landed is not None:
+                stored = landed[start : start + shape.block_bytes]
+            else:
+                stored = scratch[: shape.block_bytes]
+                try:
+                    got = _read(self._cached_fd, stored, run.offset + start)
+                except OSError as error:
+                    return self._trouble(chunk, -(error.errno or errno.EIO))
+                if got != shape.block_bytes:
+                    return self._trouble(chunk, start + got)
+            found = checksum(stored)
+            if found != tensor.checksums[number]:
+                return KVError(
+                    f"{self._name}: {tensor.name}, block {number}, at offset {run.offset + start}: its checksum is "
+                    f"{found:016x}, and it was stored with {tensor.checksums[number]:016x}, twice; the device has "
+                    "lost it, and what it held has to be computed again"
+                )
+            rows = tensor.codec.decode(stored, shape.data_bytes).reshape(shape.rows, shape.row_bytes)
+            chunk.fetch.target.write(number * shape.rows, rows)
+        if landed is None:
+            with self._condition:
+                self._cached_bytes += chunk.size_bytes
+        self._fit.copied(chunk.size_bytes, time.perf_counter() - started_s)
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """A target that gets no more than the first so many rows: the last block may hold others."""
+
+    target: Target
+    tokens: int
+
+    def write(self, first: int, rows: NDArray[np.uint8]) -> None:
+        self.target.write(first, rows[: self.tokens - first])
+
+
+def _read(fd: int, memory: NDArray[np.uint8], offset: int) -> int:
+    """Bytes read; less than asked for where the file ends."""
+    got = 0
+    while got < len(memory):
+        moved = os.preadv(fd, [memory[got:].data], offset + got)
+        if not moved:
+            break
+        got += moved
+    return got

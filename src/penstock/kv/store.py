@@ -1,0 +1,264 @@
+"""The tensors of a KV cache on one region: appended to, fetched, cut off, moved from one path to the other.
+
+Every tensor has its place in the region whatever its path, and everything is written past the page cache. A tensor on
+the page-cache path is read through it, so that its blocks stay there from the first time on; moving it to the direct
+path drops them. Nothing is rewritten either way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from penstock.errors import KVError
+from penstock.kv import layout
+from penstock.kv.codec import RAW, Codec
+from penstock.kv.layout import BlockMap, block_shape
+from penstock.kv.pipeline import Fetch, Pipeline, PipelineStatistics, Target
+from penstock.kv.residency import KVTensor, Path
+from penstock.kv.tensor import Run, StoredTensor, checksum
+from penstock.linux.pagecache import drop
+from penstock.storage.base import Engine, EngineStatistics
+from penstock.storage.pool import BufferPool, PoolStatistics
+from penstock.storage.region import Region
+
+
+@dataclass(frozen=True, slots=True)
+class StoreStatistics:
+    """How a store is doing."""
+
+    tokens: Mapping[KVTensor, int]
+    stored_bytes: int
+    free_bytes: int  # of the region
+    pipeline: PipelineStatistics
+    engine: EngineStatistics
+    pool: PoolStatistics
+
+
+class KVStore:
+    """Tensors on a region. To be used by one thread at a time; what goes on in the background is its own.
+
+    Args:
+        region: stays the caller's.
+        engine: nobody else waits for its completions; stays the caller's.
+        pool: stays the caller's. Blocks are made to fit into its buffers.
+        codec: what blocks pass through.
+        block_bytes: that blocks come near to; as `penstock.kv.layout` has it by default.
+    """
+
+    def __init__(
+        self,
+        region: Region,
+        engine: Engine,
+        pool: BufferPool,
+        *,
+        codec: Codec = RAW,
+        block_bytes: int | None = None,
+    ) -> None:
+        self.region = region
+        self._block_bytes = layout.WANTED_BLOCK_BYTES if block_bytes is None else block_bytes
+        self._pool = pool
+        self._engine = engine
+        self._codec = codec
+        self.tensors: dict[KVTensor, StoredTensor] = {}
+        self._cached_fd = os.open(f"/proc/self/fd/{region.fd}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            # No read-ahead: what is read is what was asked for, and that is known beforehand.
+            os.posix_fadvise(self._cached_fd, 0, 0, os.POSIX_FADV_RANDOM)
+            self._pipeline = Pipeline(
+                str(region.path),
+                engine,
+                pool,
+                region.fd,
+                self._cached_fd,
+                smallest_bytes=self._block_bytes,
+            )
+        except BaseException:
+            os.close(self._cached_fd)
+            raise
+
+    def add(self, name: KVTensor, row_bytes: int, *, reserve_tokens: int = 0) -> StoredTensor:
+        """A new tensor without rows.
+
+        Args:
+            name: which one.
+            row_bytes: of one token.
+            reserve_tokens: that it is going to have, set aside in one piece at once; 0 if that is not known.
+
+        Raises:
+            ValueError: it is there already, or a row does not fit into a buffer.
+            OSError: ENOSPC, the region has no such piece.
+        """
+        if name in self.tensors:
+            raise ValueError(f"{name} is there already")
+        largest = self._pool.statistics().block_bytes
+        shape = block_shape(row_bytes, min(self._block_bytes, largest), self._codec)
+        if shape.block_bytes > largest:
+            raise ValueError(f"{name}: blocks of {shape.block_bytes} bytes do not fit into buffers of {largest}")
+        blocks = BlockMap(self.region.allocator, shape.block_bytes, shape.blocks(reserve_tokens))
+        tensor = self.tensors[name] = StoredTensor(name, shape, blocks, self._codec)
+        return tensor
+
+    def remove(self, name: KVTensor) -> None:
+        """Forget a tensor, and free its space. Nothing may be being fetched of it."""
+        tensor = self.tensors[name]
+        with contextlib.suppress(KVError):
+            self._pipeline.settle(tensor)
+        self._forget_cached(tensor)
+        tensor.blocks.free()
+        del self.tensors[name]
+
+    def append(self, name: KVTensor, rows: NDArray[np.uint8]) -> None:
+        """Add rows, [rows, row_bytes], behind those that are there. Whole blocks are written in the background.
+
+        Raises:
+            OSError: ENOSPC; then the tensor is as it was.
+            KVError: the tensor is lost: one of its blocks could not be written.
+        """
+        tensor = self.tensors[name]
+        shape = tensor.shape
+        if rows.ndim != 2 or rows.shape[1] != shape.row_bytes or rows.dtype != np.uint8:
+            raise ValueError(f"{name}: rows are [rows, {shape.row_bytes}] of bytes, not {rows.shape} of {rows.dtype}")
+        tensor.check()
+        tensor.blocks.grow((tensor.tokens + len(rows)) // shape.rows)
+        while len(rows):
+            filled = tensor.tail_rows
+            taken = min(shape.rows - filled, len(rows))
+            if not filled and taken == shape.rows:
+                taken = self._write(tensor, rows)
+            else:
+                tensor.tail[filled : filled + taken] = rows[:taken]
+                if filled + taken == shape.rows:
+                    self._write(tensor, tensor.tail)
+                else:
+                    tensor.tokens += taken
+            rows = rows[taken:]
+
+    def _write(self, tensor: StoredTensor, rows: NDArray[np.uint8]) -> int:
+        """Begin to write whole blocks of rows, as many as go at once, behind those of a tensor; returns their rows."""
+        shape, first = tensor.shape, tensor.whole_blocks
+        run = next(tensor.runs(first, first + len(rows) // shape.rows, self._pool.statistics().block_bytes))
+        if tensor.writing:  # a block may be overwritten: it was cut off while its rows were still being written
+            self._pipeline.settle(tensor) if tensor.writing & set(range(run.first, run.last)) else None
+        buffer = self._pipeline.buffer()
+        memory = np.frombuffer(buffer.memory, np.uint8)
+        for number in range(run.last - run.first):
+            stored = memory[number * shape.block_bytes : (number + 1) * shape.block_bytes]
+            block_rows = rows[number * shape.rows : (number + 1) * shape.rows]
+            tensor.codec.encode(np.ascontiguousarray(block_rows).reshape(-1), stored)
+            tensor.checksums.append(checksum(stored))
+        self._pipeline.write(tensor, run, buffer)
+        written = (run.last - run.first) * shape.rows
+        tensor.tokens = run.last * shape.rows
+        return written
+
+    def fetch(self, name: KVTensor, target: Target, *, tokens: int | None = None) -> Fetch:
+        """Begin to bring rows to a target: see `Pipeline.fetch`.
+
+        Until it is done or cancelled, the tensor may be appended to, and not be cut off, moved or removed.
+        """
+        return self._pipeline.fetch(self.tensors[name], target, tokens=tokens)
+
+    def read(self, name: KVTensor, *, tokens: int | None = None) -> NDArray[np.uint8]:
+        """All rows, or the first so many: [tokens, row_bytes].
+
+        Raises:
+            KVError: some could not be read, or are not what was stored.
+        """
+        tensor = self.tensors[name]
+        rows = np.empty((tensor.tokens if tokens is None else tokens, tensor.shape.row_bytes), np.uint8)
+        self.fetch(name, RowsTarget(rows), tokens=tokens).wait()
+        return rows
+
+    def truncate(self, name: KVTensor, tokens: int) -> None:
+        """Keep the first rows only. Nothing may be being fetched of it.
+
+        Raises:
+            ValueError: there are not so many.
+            KVError: the block that is cut through could not be read; then the tensor is as it was.
+        """
+        tensor = self.tensors[name]
+        if not 0 <= tokens <= tensor.tokens:
+            raise ValueError(f"{name}: {tokens} rows of {tensor.tokens} cannot be kept")
+        rows = tensor.shape.rows
+        kept, left = divmod(tokens, rows)
+        if kept < tensor.whole_blocks:
+            if left:
+                tail = self._read_block(tensor, kept)
+                tensor.tail[:left] = tail[:left]
+            self._pipeline.settle(tensor)
+            del tensor.checksums[kept:]
+        tensor.tokens = tokens
+
+    def _read_block(self, tensor: StoredTensor, number: int) -> NDArray[np.uint8]:
+        """Rows of one whole block."""
+        found = np.empty((tensor.shape.rows, tensor.shape.row_bytes), np.uint8)
+        self._pipeline.fetch(tensor, RowsTarget(found, number * tensor.shape.rows), blocks=(number, number + 1)).wait()
+        return found
+
+    def move(self, name: KVTensor, path: Path) -> None:
+        """Have a tensor read by another path from now on. Nothing may be being fetched of it."""
+        tensor = self.tensors[name]
+        if tensor.path is path:
+            return
+        tensor.path = path
+        if path is Path.DIRECT:
+            self._forget_cached(tensor)
+
+    def _forget_cached(self, tensor: StoredTensor) -> None:
+        for start, stop in tensor.blocks.extents:
+            drop(self._cached_fd, start, stop)
+
+    def settle(self) -> None:
+        """Wait until every whole block is on the device.
+
+        Raises:
+            KVError: one could not be written.
+        """
+        for tensor in self.tensors.values():
+            self._pipeline.settle(tensor)
+
+    def statistics(self) -> StoreStatistics:
+        """The figures at this moment."""
+        return StoreStatistics(
+            {name: tensor.tokens for name, tensor in self.tensors.items()},
+            sum(tensor.stored_bytes for tensor in self.tensors.values()),
+            self.region.allocator.free_bytes,
+            self._pipeline.statistics(),
+            self._engine.statistics(),
+            self._pool.statistics(),
+        )
+
+    def close(self) -> None:
+        """End what goes on in the background; what it holds is lost. A second time does nothing."""
+        if self._cached_fd < 0:
+            return
+        self._pipeline.close()
+        for tensor in self.tensors.values():
+            self._forget_cached(tensor)
+        fd, self._cached_fd = self._cached_fd, -1
+        os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class RowsTarget:
+    """Host memory, [rows, row_bytes], that takes the rows from a number on."""
+
+    def __init__(self, rows: NDArray[np.uint8], first: int = 0) -> None:
+        self._rows = rows
+        self._first = first
+
+    def write(self, first: int, rows: NDArray[np.uint8]) -> None:
+        start = first - self._first
+        self._rows[start : start + len(rows)] = rows

@@ -1,0 +1,280 @@
+"""NVMeCache against DynamicCache: the same tokens, whatever the model, the way of decoding and the budget."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import itertools
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from penstock.adapters.nvme_cache import NVMeCache  # noqa: E402
+from penstock.errors import KVError  # noqa: E402
+from penstock.kv import layout  # noqa: E402
+from penstock.kv.residency import KVTensor, by_layer  # noqa: E402
+from penstock.kv.residency import Path as Residence  # noqa: E402
+from penstock.testing.models import MODELS, make_model  # noqa: E402
+from penstock.units import KiB  # noqa: E402
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of a few rows, so that a short text has some."""
+    monkeypatch.setattr(layout, "WANTED_BLOCK_BYTES", 2 * KiB)
+
+
+@pytest.fixture(params=list(MODELS))
+def model(request: pytest.FixtureRequest) -> Any:
+    return make_model(request.param)
+
+
+class Rotating:
+    """A ranking that is another one at every step."""
+
+    def __init__(self) -> None:
+        self._turn = itertools.count()
+
+    def __call__(self, tensors: Sequence[KVTensor]) -> list[KVTensor]:
+        order = by_layer(tensors)
+        at = next(self._turn) % max(1, len(order))
+        return order[at:] + order[:at]
+
+
+BUDGETS: dict[str, dict[str, Any]] = {
+    "none": {"memory": 0},
+    "half": {"memory": 24 * KiB},
+    "all": {"memory": "auto"},
+    "moving": {"memory": 24 * KiB, "ranking": Rotating},
+}
+
+
+@pytest.fixture(params=list(BUDGETS))
+def make_cache(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[Any], NVMeCache]]:
+    made: list[NVMeCache] = []
+
+    def make(model: Any) -> NVMeCache:
+        options = dict(BUDGETS[request.param])
+        if "ranking" in options:
+            options["ranking"] = options["ranking"]()
+        made.append(NVMeCache(model.config, tmp_path, **options))
+        return made[-1]
+
+    yield make
+    for cache in made:
+        cache.close()
+
+
+def prompt(batch: int, tokens: int, seed: int = 1) -> Any:
+    return torch.randint(3, 99, (batch, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "greedy": {"do_sample": False},
+    "sampled": {"do_sample": True, "temperature": 1.3, "top_k": 20},
+    "beams": {"do_sample": False, "num_beams": 3},
+    "sampled beams": {"do_sample": True, "num_beams": 3},
+    "several": {"do_sample": True, "num_return_sequences": 3},
+}
+
+
+@pytest.mark.parametrize("way", list(WAYS))
+def test_the_same_tokens(model: Any, make_cache: Callable[[Any], NVMeCache], way: str) -> None:
+    inputs = prompt(2, 40)
+
+    def generate(cache: Any) -> Any:
+        torch.manual_seed(5)
+        return model.generate(
+            inputs, attention_mask=torch.ones_like(inputs), past_key_values=cache, max_new_tokens=30, **WAYS[way]
+        )
+
+    expected = generate(transformers.DynamicCache(config=model.config))
+    cache = make_cache(model)
+    assert generate(cache).tolist() == expected.tolist()
+    figures = cache.statistics()
+    if len(figures.plan.decisions):
+        assert figures.store.pipeline.direct_bytes + figures.store.pipeline.cached_bytes > 0
+
+
+def test_padding_on_the_left(model: Any, make_cache: Callable[[Any], NVMeCache]) -> None:
+    inputs = prompt(3, 20)
+    mask = torch.ones_like(inputs)
+    for row, padded in enumerate((0, 7, 13)):
+        inputs[row, :padded] = 0
+        mask[row, :padded] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 20, "do_sample": False}
+    expected = model.generate(inputs, past_key_values=transformers.DynamicCache(config=model.config), **options)
+    found = model.generate(inputs, past_key_values=make_cache(model), **options)
+    assert found.tolist() == expected.tolist()
+
+
+def test_a_second_turn(model: Any, make_cache: Callable[[Any], NVMeCache]) -> None:
+    first, second = prompt(1, 30), prompt(1, 12, seed=2)
+
+    def talk(cache: Any) -> Any:
+        options = {"past_key_values": cache, "max_new_tokens": 15, "do_sample": False}
+        answer = model.generate(first, attention_mask=torch.ones_like(first), **options)
+        turn = torch.cat((answer, second), dim=1)
+        return model.generate(turn, attention_mask=torch.ones_like(turn), **options)
+
+    expected = talk(transformers.DynamicCache(config=model.config))
+    assert talk(make_cache(model)).tolist() == expected.tolist()
+
+
+def test_assisted_decoding(make_cache: Callable[[Any], NVMeCache]) -> None:
+    model, assistant = make_model("llama"), make_model("llama", seed=3)
+    inputs = prompt(1, 30)
+
+    def generate(cache: Any, **options: Any) -> Any:
+        return model.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            past_key_values=cache,
+            max_new_tokens=25,
+            do_sample=False,
+            **options,
+        )
+
+    expected = generate(transformers.DynamicCache(config=model.config))
+    assert generate(make_cache(model), assistant_model=assistant).tolist() == expected.tolist()
+    assert generate(make_cache(model), prompt_lookup_num_tokens=3).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_logits_are_equal(make_cache: Callable[[Any], NVMeCache], dtype: str) -> None:
+    model = make_model("llama", getattr(torch, dtype))
+    inputs = prompt(2, 64)
+
+    def logits(cache: Any, mode: Any) -> list[Any]:
+        found = []
+        with mode():
+            for start, stop in [(0, 40), (40, 41), (41, 50), (50, 64)]:
+                found.append(model(inputs[:, start:stop], past_key_values=cache).logits)
+        return found
+
+    for mode in (torch.no_grad, torch.inference_mode):
+        expected = logits(transformers.DynamicCache(config=model.config), mode)
+        for one, other in zip(logits(make_cache(model), mode), expected, strict=True):
+            assert torch.equal(one, other)
+
+
+def states(batch: int, tokens: int, seed: int) -> tuple[Any, Any]:
+    made = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, 2, tokens, 8, generator=made), torch.randn(batch, 2, tokens, 4, generator=made)
+
+
+def test_operations_on_batches(tmp_path: Path) -> None:
+    theirs = transformers.DynamicCache()
+    with NVMeCache(path=tmp_path, memory=0) as ours:
+
+        def both(what: Callable[[Any], Any]) -> None:
+            expected, found = what(theirs), what(ours)
+            for one, other in zip(expected or (), found or (), strict=True):
+                assert torch.equal(one, other)
+            for number in range(len(theirs)):
+                assert torch.equal(theirs.layers[number].keys, ours.layers[number].keys)
+                assert torch.equal(theirs.layers[number].values, ours.layers[number].values)
+                assert theirs.get_seq_length(number) == ours.get_seq_length(number)
+                assert theirs.get_mask_sizes(3, number) == ours.get_mask_sizes(3, number)
+
+        for layer in range(3):
+            both(lambda cache, layer=layer: cache.update(*states(4, 33, layer), layer))
+        both(lambda cache: cache.reorder_cache(torch.tensor([3, 3, 0, 1])))
+        for layer in range(3):
+            both(lambda cache, layer=layer: cache.update(*states(4, 5, 10 + layer), layer))
+        both(lambda cache: cache.reorder_cache(torch.tensor([1, 0, 2, 0])))
+        both(lambda cache: cache.crop(-9))
+        both(lambda cache: cache.batch_select_indices(torch.tensor([2, 0])))
+        for layer in range(3):
+            both(lambda cache, layer=layer: cache.update(*states(2, 40, 20 + layer), layer))
+        both(lambda cache: cache.batch_repeat_interleave(5))
+        both(lambda cache: cache.update(*states(10, 1, 30), 1))
+        both(lambda cache: cache.batch_select_indices(torch.tensor([False, True] * 5)))
+        both(lambda cache: cache.crop(-3))
+        with pytest.raises(ValueError, match="negative"):
+            ours.crop(3)
+        with pytest.raises(ValueError, match="states of 2 sequences, the cache has 5"):
+            ours.update(*states(2, 1, 0), 0)
+        ours.reset()
+        assert ours.get_seq_length() == 0
+        for layer in range(3):
+            keys, values = ours.update(*states(1, 3, layer), layer)
+            assert torch.equal(keys, states(1, 3, layer)[0])
+            assert torch.equal(values, states(1, 3, layer)[1])
+
+
+def test_what_was_handed_out_stays(tmp_path: Path) -> None:
+    """As long as somebody has it."""
+    with NVMeCache(path=tmp_path, memory=0) as cache:
+        kept = []
+        for step in range(6):
+            for layer in range(2):
+                keys, values = cache.update(*states(1, 7, 10 * step + layer), layer)
+                kept.append((keys, values, keys.clone(), values.clone()))
+        for keys, values, keys_then, values_then in kept:
+            assert torch.equal(keys, keys_then)
+            assert torch.equal(values, values_then)
+
+
+def test_the_statistics_say_why(tmp_path: Path) -> None:
+    model = make_model("llama")
+    with NVMeCache(model.config, tmp_path, memory=12 * KiB) as cache:
+        inputs = prompt(1, 64)
+        model.generate(inputs, attention_mask=torch.ones_like(inputs), past_key_values=cache, max_new_tokens=4)
+        decisions = cache.statistics().plan.decisions
+        assert len(decisions) == 8
+        assert {decision.path for decision in decisions.values()} == set(Residence)
+        assert str(decisions[KVTensor(0, "keys")]).startswith("layer 0 keys: page cache, because it is number 1 of 8")
+        assert "budget of 12.0 KiB" in str(next(d for d in decisions.values() if d.path is Residence.DIRECT))
+
+
+def test_nothing_is_left_behind(tmp_path: Path) -> None:
+    model = make_model("llama")
+    inputs = prompt(1, 20)
+
+    def once() -> None:
+        with NVMeCache(model.config, tmp_path) as cache:
+            model.generate(inputs, attention_mask=torch.ones_like(inputs), past_key_values=cache, max_new_tokens=3)
+
+    once()
+    gc.collect()
+    threads, descriptors = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    for _ in range(int(os.environ.get("PENSTOCK_TEST_CALLS", "5"))):
+        once()
+    gc.collect()
+    assert threading.active_count() == threads
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damage_is_an_error_and_not_a_token(tmp_path: Path) -> None:
+    model = make_model("llama")
+    path = tmp_path / "kv"
+    inputs = prompt(1, 64)
+    with NVMeCache(model.config, path, memory=0) as cache:
+        model(inputs, past_key_values=cache)
+        cache.statistics()
+        size = path.stat().st_size
+        with path.open("r+b") as file:
+            file.seek(1 << 20)
+            file.write(os.urandom(64 * KiB))
+            file.flush()
+            os.fsync(file.fileno())
+        assert path.stat().st_size == size
+        with pytest.raises(KVError, match="its checksum is"):
+            model(inputs[:, :1], past_key_values=cache)
+    assert not path.exists()
+
+
+def test_memory_is_a_size(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is not a size"):
+        NVMeCache(path=tmp_path, memory="lots")
+    with pytest.raises(ValueError, match="-1 bytes"):
+        NVMeCache(path=tmp_path, memory=-1)
+    assert copy.copy(list(tmp_path.iterdir())) == []

@@ -1,0 +1,22 @@
+"""The KV benchmark, tiny: every arm runs, compares its bytes and leaves nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_quick_runs_every_arm(tmp_path: Path) -> None:
+    scratch, result = tmp_path / "scratch", tmp_path / "result.json"
+    scratch.mkdir()
+    command = [sys.executable, "-m", "bench.kv", "--quick", "--dir", str(scratch), "--json", str(result)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(result.read_text())["rows"]
+    assert [row["arm"] for row in rows] == ["memmap", "memmap-128", "buffered", "direct", "penstock"]
+    assert all(run["step_s"] > 0 for row in rows for run in row["runs"])
+    assert list(scratch.iterdir()) == []

@@ -1,0 +1,173 @@
+"""penstock.kv.cache: where tensors are as memory comes and goes, and where it keeps them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from penstock.errors import RegionError
+from penstock.kv import cache as module
+from penstock.kv.cache import KVCache
+from penstock.kv.residency import KVTensor, Reading
+from penstock.kv.residency import Path as Residence
+from penstock.units import GiB, KiB, MiB
+
+TENSORS = [KVTensor(layer, kind) for layer in range(4) for kind in ("keys", "values")]
+ROW_BYTES = 64 * KiB
+
+
+def rows_of(tensor: KVTensor, tokens: int) -> NDArray[np.uint8]:
+    seed = 2 * tensor.layer + (tensor.kind == "values")
+    return np.random.default_rng(seed).integers(0, 256, (tokens, ROW_BYTES), np.uint8)
+
+
+def fill(cache: KVCache, tokens: int = 64) -> None:
+    """4 MiB a tensor."""
+    for tensor in TENSORS:
+        cache.add(tensor, ROW_BYTES)
+        cache.append(tensor, rows_of(tensor, tokens))
+
+
+def check(cache: KVCache, tokens: int = 64) -> None:
+    for tensor in TENSORS:
+        assert np.array_equal(cache.read(tensor), rows_of(tensor, tokens))
+
+
+def cached(cache: KVCache) -> set[KVTensor]:
+    return {name for name, decision in cache.plan.decisions.items() if decision.path is Residence.CACHED}
+
+
+@pytest.mark.parametrize(("memory", "number"), [(0, 0), (4 * MiB, 1), (17 * MiB, 4), (64 * MiB, 8)])
+def test_as_many_are_cached_as_memory_holds(tmp_path: Path, memory: int, number: int) -> None:
+    with KVCache(tmp_path, memory=memory) as cache:
+        fill(cache)
+        check(cache)
+        assert cached(cache) == set()
+        moved = cache.step()
+        assert {decision.tensor for decision in moved} == cached(cache)
+        assert len(cached(cache)) == number
+        check(cache)
+        assert cache.step() == []
+        check(cache)
+        figures = cache.statistics()
+        assert figures.steps == 2
+        assert figures.plan.cached_bytes == number * 4 * MiB
+        assert bool(figures.store.pipeline.cached_bytes) == bool(number)
+
+
+def test_memory_that_comes_and_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    headroom = [32 * MiB]
+    monkeypatch.setattr(KVCache, "_reading", lambda self: Reading(headroom[0]))
+    with KVCache(tmp_path) as cache:
+        fill(cache)
+        numbers = []
+        for offered in [32, 32, 8, 8, 32, 32, 32, 0, 16, 16, 16, 16]:
+            headroom[0] = offered * MiB
+            cache.step()
+            numbers.append(len(cached(cache)))
+            check(cache)
+        assert numbers == [8, 8, 2, 2, 2, 2, 8, 0, 0, 0, 4, 4]
+        assert cache.statistics().moved >= 6 + 6 + 8 + 4
+
+
+def test_a_number_is_kept_to_as_long_as_there_is_that_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with KVCache(tmp_path, memory=1 << 60) as cache:
+        reading = cache._reading()
+        state = cache._reader.read()
+        assert 0 <= reading.headroom_bytes <= state.headroom_bytes + GiB
+
+
+def test_a_directory_is_left_empty(tmp_path: Path) -> None:
+    with KVCache(tmp_path, size_bytes=8 * MiB) as cache:
+        cache.add(TENSORS[0], ROW_BYTES)
+        cache.append(TENSORS[0], rows_of(TENSORS[0], 40))
+        assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_removed(tmp_path: Path) -> None:
+    path = tmp_path / "kv"
+    with KVCache(path, size_bytes=8 * MiB):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        with pytest.raises(FileExistsError, match="is there already"):
+            KVCache(path)
+    assert not path.exists()
+
+
+def test_it_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_FIRST_BYTES", 2 * MiB)
+    with KVCache(tmp_path) as cache:
+        fill(cache)
+        check(cache)
+        cache.add(KVTensor(9, "keys"), ROW_BYTES, reserve_tokens=1000)
+        figures = cache.statistics().store
+        assert figures.stored_bytes + figures.free_bytes >= 32 * MiB
+
+
+def test_no_space_is_left(tmp_path: Path) -> None:
+    with KVCache(tmp_path, size_bytes=4 * MiB, memory=0) as cache:
+        cache.add(TENSORS[0], ROW_BYTES)
+        cache.append(TENSORS[0], rows_of(TENSORS[0], 60))
+        with pytest.raises(OSError, match="in one piece are left") as caught:
+            cache.append(TENSORS[0], rows_of(TENSORS[0], 60))
+        assert caught.value.errno == errno.ENOSPC
+        assert np.array_equal(cache.read(TENSORS[0]), rows_of(TENSORS[0], 60))
+    with pytest.raises(OSError, match="cannot be set aside") as caught:
+        KVCache(tmp_path, size_bytes=1 << 50)
+    assert caught.value.errno in (errno.ENOSPC, errno.EFBIG)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.root
+def test_a_device(loop_device: Path) -> None:
+    for _ in range(2):  # what a cache has left there is no obstacle to the next
+        with KVCache(loop_device, memory=0) as cache:
+            cache.add(TENSORS[0], ROW_BYTES)
+            cache.append(TENSORS[0], rows_of(TENSORS[0], 64))
+            assert np.array_equal(cache.read(TENSORS[0]), rows_of(TENSORS[0], 64))
+            assert cache.statistics().is_direct
+            with pytest.raises(RegionError, match="in use"):
+                KVCache(loop_device)
+            with pytest.raises(RegionError, match="cannot grow"):
+                cache.append(TENSORS[0], rows_of(TENSORS[0], 1000))
+    loop_device.write_bytes(b"something else")
+    with pytest.raises(RegionError, match="say so twice"):
+        KVCache(loop_device)
+
+
+def test_several_share_memory_and_buffers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with KVCache(tmp_path, memory=4 * MiB) as given, KVCache(tmp_path) as one, KVCache(tmp_path) as other:
+        for cache in (given, one, other):
+            fill(cache)
+        given.step()
+        assert [cache._share(36 * MiB) for cache in (one, other)] == [16 * MiB, 16 * MiB]
+        figures = [cache.statistics().store.pool for cache in (given, one, other)]
+        assert figures[0] == figures[1] == figures[2]
+        for cache in (given, one, other):
+            check(cache)
+        other.close()
+        assert one._share(36 * MiB) == 32 * MiB
+        check(one)
+
+
+def test_nothing_is_left_open(tmp_path: Path) -> None:
+    before = sorted(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        with KVCache(tmp_path) as cache:
+            fill(cache)
+            cache.step()
+            check(cache)
+            cache.close()
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("memory", [-1, -(1 << 40)])
+def test_memory_is_no_debt(tmp_path: Path, memory: int) -> None:
+    with pytest.raises(ValueError, match="give 0 or more"):
+        KVCache(tmp_path, memory=memory)

@@ -1,0 +1,329 @@
+"""penstock.kv.store and what it stands on, against rows kept in memory."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from penstock.errors import KVError
+from penstock.kv.pipeline import Target
+from penstock.kv.residency import KVTensor, Path
+from penstock.kv.store import KVStore, RowsTarget
+from penstock.linux import pagecache
+from penstock.storage.base import Engine
+from penstock.storage.threads import ThreadEngine
+from penstock.testing.faults import FaultyEngine
+from penstock.units import KiB, MiB
+
+KEYS, VALUES, OTHERS = KVTensor(0, "keys"), KVTensor(0, "values"), KVTensor(1, "keys")
+MakeStore = Callable[..., KVStore]
+
+
+def rows_of(tokens: int, row_bytes: int, seed: int = 0) -> NDArray[np.uint8]:
+    return np.random.default_rng(seed).integers(0, 256, (tokens, row_bytes), np.uint8)
+
+
+@pytest.mark.parametrize("row_bytes", [1, 100, 4096, 5000, 64 * KiB, 100 * KiB])
+@pytest.mark.parametrize("path", list(Path))
+def test_rows_come_back(make_store: MakeStore, engine: Engine, row_bytes: int, path: Path) -> None:
+    store = make_store(engine)
+    store.add(KEYS, row_bytes)
+    store.move(KEYS, path)
+    rows = rows_of(min(200_000, 20 * MiB // row_bytes), row_bytes)
+    store.append(KEYS, rows[:7])
+    assert np.array_equal(store.read(KEYS), rows[:7])
+    for start in range(7, 27):
+        store.append(KEYS, rows[start : start + 1])
+    store.append(KEYS, rows[27:])
+    for _ in range(2):
+        assert np.array_equal(store.read(KEYS), rows)
+    assert np.array_equal(store.read(KEYS, tokens=19), rows[:19])
+    figures = store.statistics()
+    assert figures.tokens == {KEYS: len(rows)}
+    assert bool(figures.pipeline.cached_bytes) == (path is Path.CACHED)
+    assert figures.pipeline.written_bytes == figures.stored_bytes
+
+
+class Kept:
+    """What a store must hold: the same, in memory."""
+
+    def __init__(self, store: KVStore) -> None:
+        self.store = store
+        self.rows: dict[KVTensor, NDArray[np.uint8]] = {}
+
+    def add(self, name: KVTensor, row_bytes: int) -> None:
+        self.store.add(name, row_bytes)
+        self.rows[name] = np.zeros((0, row_bytes), np.uint8)
+
+    def append(self, name: KVTensor, rows: NDArray[np.uint8]) -> None:
+        self.store.append(name, rows)
+        self.rows[name] = np.concatenate((self.rows[name], rows))
+
+    def check(self) -> None:
+        targets = {name: np.zeros_like(rows) for name, rows in self.rows.items()}
+        fetches = [self.store.fetch(name, RowsTarget(target)) for name, target in targets.items()]
+        for fetch in fetches:
+            fetch.wait()
+        for name, target in targets.items():
+            assert np.array_equal(target, self.rows[name]), str(name)
+
+
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["append", "append", "truncate", "move", "check"]),
+        st.integers(0, 2),
+        st.integers(0, 1 << 16),
+    ),
+    max_size=12,
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(STEPS)
+def test_whatever_is_done(make_store: MakeStore, engine: Engine, steps: list[tuple[str, int, int]]) -> None:
+    store = make_store(engine, size_bytes=40 * MiB)
+    kept = Kept(store)
+    names = [KEYS, VALUES, OTHERS]
+    for name, row_bytes in zip(names, (64, 3000, 70 * KiB), strict=True):
+        kept.add(name, row_bytes)
+    for number, (what, which, amount) in enumerate(steps):
+        name = names[which]
+        row_bytes = kept.rows[name].shape[1]
+        match what:
+            case "append":
+                kept.append(name, rows_of(amount * 32 // row_bytes, row_bytes, number))
+            case "truncate":
+                tokens = amount % (len(kept.rows[name]) + 1)
+                store.truncate(name, tokens)
+                kept.rows[name] = kept.rows[name][:tokens]
+            case "move":
+                store.move(name, list(Path)[amount % 2])
+            case _:
+                kept.check()
+    kept.check()
+    for name in names:
+        store.remove(name)
+    assert store.region.allocator.free_bytes == 40 * MiB
+    store.close()
+
+
+def test_a_tensor_that_moves_is_not_written_again(make_store: MakeStore, engine: Engine) -> None:
+    store = make_store(engine)
+    store.add(KEYS, 4096)
+    rows = rows_of(2048, 4096)
+    store.append(KEYS, rows)
+    store.settle()
+    written = store.statistics().pipeline.written_bytes
+
+    def cached_bytes() -> int:
+        return pagecache.FileResidency(store.region.fd).resident_bytes(0, store.region.header.size_bytes)
+
+    if not store.region.is_direct:
+        pytest.skip("the file system has no direct reads")
+    assert cached_bytes() <= 4 * KiB
+    for path, least, most in [(Path.CACHED, 7 * MiB, 8 * MiB), (Path.DIRECT, 0, 4 * KiB)] * 2:
+        store.move(KEYS, path)
+        assert np.array_equal(store.read(KEYS), rows)
+        assert least <= cached_bytes() <= most + 4 * KiB
+    assert store.statistics().pipeline.written_bytes == written
+
+
+def test_no_space_is_left(make_store: MakeStore, engine: Engine) -> None:
+    store = make_store(engine, size_bytes=1 * MiB)
+    store.add(KEYS, 4096)
+    rows = rows_of(300, 4096)
+    store.append(KEYS, rows[:200])
+    with pytest.raises(OSError, match="in one piece are left") as caught:
+        store.append(KEYS, rows[200:])
+    assert caught.value.errno == errno.ENOSPC
+    assert np.array_equal(store.read(KEYS), rows[:200])
+    with pytest.raises(OSError, match="in one piece are left"):
+        store.add(VALUES, 4096, reserve_tokens=512)
+    store.truncate(KEYS, 0)
+    store.append(KEYS, rows[100:300])
+    assert np.array_equal(store.read(KEYS), rows[100:])
+
+
+@pytest.mark.parametrize("path", list(Path))
+@pytest.mark.parametrize("damage", ["flip", "swap", "zero"])
+def test_damage_is_seen(make_store: MakeStore, engine: Engine, path: Path, damage: str) -> None:
+    store = make_store(engine)
+    store.add(KEYS, 4096)
+    store.add(VALUES, 4096)
+    rows = rows_of(640, 4096)
+    store.append(KEYS, rows)
+    store.append(VALUES, rows)
+    store.move(KEYS, path)
+    store.settle()
+    run = next(store.tensors[KEYS].runs(3, 5, 1 * MiB))
+    block_bytes = store.tensors[KEYS].shape.block_bytes
+    with open(store.region.path, "r+b", buffering=0) as file:
+        before = os.pread(file.fileno(), 2 * block_bytes, run.offset)
+        after = {
+            "flip": before[:100] + bytes([before[100] ^ 4]) + before[101:],
+            "swap": before[block_bytes:] + before[:block_bytes],
+            "zero": bytes(2 * block_bytes),
+        }[damage]
+        os.pwrite(file.fileno(), after, run.offset)
+        os.fsync(file.fileno())
+    with pytest.raises(KVError, match=rf"keys, block [34], at offset ({run.offset}|{run.offset + block_bytes}): its checksum"):
+        store.read(KEYS)
+    assert np.array_equal(store.read(VALUES), rows)  # the others still answer
+    with open(store.region.path, "r+b", buffering=0) as file:
+        os.pwrite(file.fileno(), before, run.offset)
+        os.fsync(file.fileno())
+    assert np.array_equal(store.read(KEYS), rows)
+
+
+def test_a_region_cut_off(make_store: MakeStore, engine: Engine) -> None:
+    store = make_store(engine)
+    store.add(KEYS, 4096)
+    store.append(KEYS, rows_of(2048, 4096))
+    store.settle()
+    os.truncate(store.region.path, 4 * MiB)
+    with pytest.raises(KVError, match="then it ends"):
+        store.read(KEYS)
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_reads_that_fail(make_store: MakeStore, always: bool) -> None:
+    failing = threading.Event()
+    failed = []
+
+    def error(number: int) -> int:
+        if not failing.is_set() or (failed and not always):
+            return 0
+        failed.append(number)
+        return errno.EIO
+
+    with FaultyEngine(ThreadEngine(), error) as engine:
+        store = make_store(engine)
+        store.add(KEYS, 4096)
+        rows = rows_of(2048, 4096)
+        store.append(KEYS, rows)
+        store.settle()
+        failing.set()
+        if always:
+            with pytest.raises(KVError, match=r"reading layer 0 keys.*Input/output error"):
+                store.read(KEYS)
+            failing.clear()
+        assert np.array_equal(store.read(KEYS), rows)
+        assert store.statistics().pipeline.tried_again >= 1
+        free = store.statistics().pool
+        assert free.free == free.blocks
+        store.close()
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_writes_that_fail(make_store: MakeStore, always: bool) -> None:
+    failed: list[int] = []
+
+    def error(number: int) -> int:
+        if failed and not always:
+            return 0
+        failed.append(number)
+        return errno.EIO
+
+    with FaultyEngine(ThreadEngine(), error) as engine:
+        store = make_store(engine)
+        store.add(KEYS, 4096)
+        store.add(VALUES, 4096)
+        rows = rows_of(100, 4096)
+        store.append(VALUES, rows[:10])
+        if always:
+            with pytest.raises(KVError, match=r"writing layer 0 keys.*Input/output error"):
+                store.append(KEYS, rows)
+                store.read(KEYS)
+            with pytest.raises(KVError, match="writing layer 0 keys"):
+                store.append(KEYS, rows)
+        else:
+            store.append(KEYS, rows)
+            assert np.array_equal(store.read(KEYS), rows)
+        assert np.array_equal(store.read(VALUES), rows[:10])
+        store.close()
+
+
+class Failing(Target):
+    """A target that takes the first rows only."""
+
+    def write(self, first: int, rows: NDArray[np.uint8]) -> None:
+        if first:
+            raise MemoryError("no room for more")
+
+
+def test_a_target_that_fails(make_store: MakeStore, engine: Engine) -> None:
+    store = make_store(engine)
+    store.add(KEYS, 4096)
+    rows = rows_of(2048, 4096)
+    store.append(KEYS, rows)
+    with pytest.raises(MemoryError, match="no room for more"):
+        store.fetch(KEYS, Failing()).wait()
+    assert np.array_equal(store.read(KEYS), rows)
+
+
+class Slow(Target):
+    """A target that waits to be let on, and counts."""
+
+    def __init__(self) -> None:
+        self.may = threading.Event()
+        self.writes = 0
+
+    def write(self, first: int, rows: NDArray[np.uint8]) -> None:
+        self.may.wait()
+        self.writes += 1
+
+
+@pytest.mark.parametrize("path", list(Path))
+def test_a_fetch_that_is_cancelled(make_store: MakeStore, engine: Engine, path: Path) -> None:
+    store = make_store(engine)
+    store.add(KEYS, 4096)
+    rows = rows_of(4096, 4096)
+    store.append(KEYS, rows)
+    store.move(KEYS, path)
+    target = Slow()
+    fetch = store.fetch(KEYS, target)
+    threading.Timer(0.05, target.may.set).start()
+    fetch.cancel()
+    writes = target.writes
+    assert writes < store.tensors[KEYS].whole_blocks
+    assert np.array_equal(store.read(KEYS), rows)
+    assert target.writes == writes
+
+
+def test_closed_in_the_middle(make_store: MakeStore, engine: Engine) -> None:
+    store = make_store(engine)
+    store.add(KEYS, 4096)
+    store.append(KEYS, rows_of(4096, 4096))
+    store.fetch(KEYS, RowsTarget(np.zeros((4096, 4096), np.uint8)))
+    before = threading.active_count()
+    store.close()
+    store.close()
+    assert threading.active_count() <= before - 3
+    with pytest.raises(RuntimeError, match="closed"):
+        store.read(KEYS)
+
+
+def test_what_cannot_be_asked_for(make_store: MakeStore) -> None:
+    with ThreadEngine() as engine:
+        store = make_store(engine)
+        store.add(KEYS, 4096)
+        store.append(KEYS, rows_of(5, 4096))
+        with pytest.raises(ValueError, match="is there already"):
+            store.add(KEYS, 1)
+        with pytest.raises(ValueError, match="do not fit into buffers"):
+            store.add(VALUES, 1 * MiB)
+        with pytest.raises(ValueError, match=r"\[rows, 4096\]"):
+            store.append(KEYS, rows_of(5, 100))
+        with pytest.raises(ValueError, match="6 rows of 5"):
+            store.read(KEYS, tokens=6)
+        with pytest.raises(ValueError, match="cannot be kept"):
+            store.truncate(KEYS, 6)
+        store.close()
