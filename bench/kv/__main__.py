@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -40,6 +41,7 @@ class Run:
     first_step_s: float
     read_bytes_per_s: float  # from the device, in the steps that count
     cpu_s: float
+    own_bytes: int  # of the process, before there was a cache
     peak_rss_bytes: int
     use: LimitUse
     figures: dict[str, Any]
@@ -157,11 +159,13 @@ class _Floor:
     @classmethod
     def measure(cls, directory: Path, workload: Workload) -> _Floor:
         path = directory / "floor"
-        size_bytes = min(2048 * MiB, max(16 * MiB, workload.kv_bytes)) // MiB * MiB
-        block = bytes(MiB)
+        size_bytes = min(2048 * MiB, max(16 * MiB, workload.kv_bytes))
+        block = os.urandom(16 * MiB)
         with path.open("wb") as file:
-            for _ in range(size_bytes // MiB):
+            for _ in range(size_bytes // len(block)):
                 file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
         try:
             disk = max(bandwidth([path]) for _ in range(3))
             fio = fio_bandwidth(path)
@@ -181,9 +185,9 @@ class _Floor:
         fio = "" if self.fio_bytes_per_s is None else f" (fio {self.fio_bytes_per_s / 1e9:.2f})"
         return f"disk {self.disk_bytes_per_s / 1e9:.2f} GB/s{fio}, one copy {self.copy_bytes_per_s / 1e9:.2f} GB/s"
 
-    def step_s(self, workload: Workload, percent: int) -> float:
-        """Of a decode step: what memory does not hold is read, and everything is copied."""
-        read_bytes = workload.kv_bytes * max(0, 100 - percent) / 100
+    def step_s(self, workload: Workload, percent: int, own_bytes: int) -> float:
+        """Of a decode step: what the memory beside the benchmark's own does not hold is read, and all is copied."""
+        read_bytes = max(0, workload.kv_bytes - max(0, workload.kv_bytes * percent // 100 - own_bytes))
         return max(read_bytes / self.disk_bytes_per_s, workload.kv_bytes / self.copy_bytes_per_s)
 
 
@@ -214,6 +218,7 @@ def _run(
         first_step_s=told["steps_s"][0],
         read_bytes_per_s=sum(told["read_bytes"][_SETTLED_STEPS:]) / sum(counted),
         cpu_s=told["cpu_s"],
+        own_bytes=told["own_bytes"],
         peak_rss_bytes=told["peak_rss_bytes"],
         use=use,
         figures=told["figures"],
@@ -239,7 +244,7 @@ def _table(percent: int, workload: Workload, runs: dict[str, list[Run]], floor: 
             name,
             f"{median(run.prefill_s for run in values):.2f}",
             f"{median(run.step_s for run in values):.2f}",
-            f"{median(run.step_s for run in values) / floor.step_s(workload, percent):.2f}",
+            f"{median(run.step_s for run in values) / floor.step_s(workload, percent, values[0].own_bytes):.2f}",
             f"{median(run.first_step_s for run in values):.2f}",
             f"{median(run.read_bytes_per_s for run in values) / 1e9:.2f}",
             f"{median(run.cpu_s for run in values):.1f}",
@@ -269,7 +274,7 @@ def _verdicts(console: Console, workload: Workload, found: dict[int, dict[str, l
         most = 0.6 if percent == 50 else 1.05
         value = ratio(best, "step_s")
         verdict(value <= most, f"{percent} %: step / {best} {value:.2f} ≤ {most}")
-        of_floor = median(run.step_s for run in ours) / floor.step_s(workload, percent)
+        of_floor = median(run.step_s for run in ours) / floor.step_s(workload, percent, ours[0].own_bytes)
         verdict(of_floor <= 1.3, f"{percent} %: step / floor {of_floor:.2f} ≤ 1.3")
         if percent <= 50 and "memmap" in others:
             value = ratio("memmap", "prefill_s")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import deque
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from bench.errors import RunError
 from bench.kv.workload import Comparing, Device, Source, Workload
 from penstock.kv.cache import KVCache
+from penstock.kv.pipeline import Fetch
 from penstock.kv.residency import KVTensor
 from penstock.kv.residency import Path as Residence
 from penstock.kv.store import KVStore
@@ -24,8 +26,8 @@ from penstock.units import MiB
 
 _COPY_BYTES = 1 * MiB
 _AHEAD = 8  # tensors whose rows are asked for before they are needed: four layers
-_POOL_BYTES = 64 * MiB
-_BUFFER_BYTES = 4 * MiB
+_POOL_BYTES = 96 * MiB
+_BUFFER_BYTES = 2 * MiB
 
 
 class Arm(ABC):
@@ -100,31 +102,45 @@ class Memmap(Arm):
             path.unlink()
 
 
+@dataclass(frozen=True, slots=True)
+class _ToDevice:
+    device: Device
+
+    def write(self, first: int, rows: NDArray[np.uint8]) -> None:
+        del first
+        self.device.copy(rows)
+
+
 class Kept(Arm):
     """penstock's store or cache."""
 
     kept: KVStore | KVCache
 
+    def __init__(self, workload: Workload, directory: Path) -> None:
+        super().__init__(workload, directory)
+        self._target = _ToDevice(self.device)
+        self._fetches: deque[Fetch] = deque()
+
     def append(self, tensor: KVTensor, rows: NDArray[np.uint8]) -> None:
         self.kept.append(tensor, rows)
 
     def step(self, tokens: int) -> None:
-        device = self.device
-
-        class ToDevice:
-            def write(self, first: int, rows: NDArray[np.uint8]) -> None:
-                device.copy(rows)
-
         tensors = self.workload.tensors
-        target = ToDevice()
-        fetches = deque(self.kept.fetch(tensor, target, tokens=tokens) for tensor in tensors[:_AHEAD])
+        if not self._fetches:
+            self._fetches.extend(self._fetch(tensor, tokens) for tensor in tensors[:_AHEAD])
         for number, tensor in enumerate(tensors):
-            fetches.popleft().wait()
-            if number + _AHEAD < len(tensors):
-                fetches.append(self.kept.fetch(tensors[number + _AHEAD], target, tokens=tokens))
+            self._fetches.popleft().wait()
+            following = number + _AHEAD
+            if following < len(tensors):
+                self._fetches.append(self._fetch(tensors[following], tokens))
             self.append(tensor, next(self.source.rows(tensor, tokens, tokens + 1)))
+            if following >= len(tensors):  # the next step's; its rows are all there
+                self._fetches.append(self._fetch(tensors[following - len(tensors)], tokens + 1))
         if isinstance(self.kept, KVCache):
             self.kept.step()
+
+    def _fetch(self, tensor: KVTensor, tokens: int) -> Fetch:
+        return self.kept.fetch(tensor, self._target, tokens=tokens)
 
     def compare(self, tokens: int) -> None:
         for tensor in self.workload.tensors:

@@ -1,8 +1,8 @@
-"""One run of a real model, in a process of its own: ``python -m bench.kv.model ARM DIRECTORY FAMILY TOKENS BATCH STEPS``.
+"""One run of a real model, a process of its own: ``python -m bench.kv.model ARM DIRECTORY FAMILY TOKENS BATCH STEPS``.
 
-Arms: ``dynamic`` is transformers' DynamicCache; ``saved`` writes each layer's keys and values with torch.save after every
-update and reads them before the next, as oLLM does; ``penstock`` is `NVMeCache`; ``session`` saves the context, loads it
-in a cache of its own and goes on, beside the prefill that this replaces.
+Arms: ``dynamic`` is transformers' DynamicCache; ``saved`` writes each layer's keys and values with torch.save after
+every update and reads them before the next, as oLLM does; ``penstock`` is `NVMeCache`; ``session`` saves the context,
+loads it in a cache of its own and goes on, beside the prefill that this replaces.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ class SavedLayer(DynamicLayer):
         self._tokens = 0
 
     def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        del args, kwargs
         if self._tokens:
             self.keys, self.values = torch.load(self._path)
         keys, values = super().update(key_states, value_states)

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,7 @@ from penstock.kv.residency import KVTensor
 from penstock.storage.buffers import huge_buffer
 from penstock.units import MiB
 
-_SOURCE_BYTES = 48 * MiB  # of different rows, handed out again and again
+_SOURCE_BYTES = 16 * MiB  # of different rows, handed out again and again
 _DEVICE_BYTES = 64 * MiB
 
 
@@ -119,3 +120,15 @@ class Comparing:
             at += len(expected)
         with self._lock:
             self.rows += len(rows)
+
+
+class Baseline:
+    """What the benchmark itself takes of the memory: the interpreter, its rows and its device."""
+
+    def __init__(self, workload: Workload) -> None:
+        self._kept = Device(), Source(workload)
+
+    def anon_bytes(self) -> int:
+        """Anonymous memory of this process."""
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon:"))

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -19,10 +20,11 @@ transformers = pytest.importorskip("transformers")
 from penstock.adapters.nvme_cache import NVMeCache  # noqa: E402
 from penstock.errors import KVError  # noqa: E402
 from penstock.kv import layout  # noqa: E402
-from penstock.kv.residency import KVTensor, by_layer  # noqa: E402
+from penstock.kv.residency import KVTensor, spread  # noqa: E402
 from penstock.kv.residency import Path as Residence  # noqa: E402
 from penstock.testing.models import MODELS, make_model  # noqa: E402
 from penstock.units import KiB  # noqa: E402
+
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,7 +44,7 @@ class Rotating:
         self._turn = itertools.count()
 
     def __call__(self, tensors: Sequence[KVTensor]) -> list[KVTensor]:
-        order = by_layer(tensors)
+        order = spread(tensors)
         at = next(self._turn) % max(1, len(order))
         return order[at:] + order[:at]
 
@@ -278,3 +280,20 @@ def test_memory_is_a_size(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="-1 bytes"):
         NVMeCache(path=tmp_path, memory=-1)
     assert copy.copy(list(tmp_path.iterdir())) == []
+
+
+def test_rows_that_go_through_a_device() -> None:
+    """With host memory in the device's place: what is computed there is the same."""
+    from penstock.adapters.nvme_layer import _DeviceTarget
+    from penstock.device.plain import PlainDevice
+
+    rows = torch.randn(7, 3, 2, 8)  # tokens, batch, heads, head_dim
+    stored = rows.view(torch.uint8).numpy().reshape(7, -1)
+    found = torch.zeros(3, 2, 9, 8)
+    with PlainDevice("cpu") as device:
+        _DeviceTarget(found, 3, None, device).write(2, stored)
+        assert torch.equal(found[:, :, 2:], rows.permute(1, 2, 0, 3))
+        lineage = np.array([[2, 0]] * 9, np.int32)
+        fewer = torch.zeros(2, 2, 9, 8)
+        _DeviceTarget(fewer, 3, lineage, device).write(0, stored)
+        assert torch.equal(fewer[:, :, :7], rows.permute(1, 2, 0, 3)[[2, 0]])

@@ -76,7 +76,7 @@ def test_whose_it_is(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="a name has letters"):
             cache.save("../mine", ids(1, 9))
         path = cache.save("mine", ids(1, 9))
-    with pytest.raises(SessionError, match="its model is llama .* and qwen2"):
+    with pytest.raises(SessionError, match=r"its model is llama .* and qwen2"):
         NVMeCache.load("mine", other.config, tmp_path, tokens=ids(1, 9))
     with pytest.raises(SessionError, match="its ids is"):
         NVMeCache.load("mine", model.config, tmp_path, tokens=ids(1, 9, seed=3))

@@ -36,7 +36,6 @@ def make_store(tmp_path: Path) -> Iterator[MakeStore]:
             path = tmp_path / f"region-{len(list(tmp_path.iterdir()))}"
             region = stack.enter_context(Region.create(path, size_bytes, owner="penstock kv"))
             pool = stack.enter_context(BufferPool(pool_bytes, 256 * KiB))
-            store = stack.enter_context(KVStore(region, engine, pool, block_bytes=64 * KiB))
-            return store
+            return stack.enter_context(KVStore(region, engine, pool, block_bytes=64 * KiB))
 
         yield make

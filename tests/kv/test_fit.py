@@ -37,15 +37,37 @@ def test_what_was_measured_is_found() -> None:
 
 
 def test_chunks_are_as_small_as_their_fixed_time_allows() -> None:
-    assert measured(rate=2e9, copy_rate=5e9, fixed_s=5e-6).fitted().chunk_bytes == 256 * KiB
-    assert measured(rate=2e9, copy_rate=5e9, fixed_s=20e-6).fitted().chunk_bytes == 1 * MiB
+    assert measured(rate=2e9, copy_rate=5e9, fixed_s=2e-6).fitted().chunk_bytes == 256 * KiB
+    assert measured(rate=2e9, copy_rate=5e9, fixed_s=8e-6).fitted().chunk_bytes == 1 * MiB
     assert measured(rate=2e9, copy_rate=5e9, fixed_s=1e-3).fitted().chunk_bytes == 4 * MiB
+
+
+def test_passing_on_what_has_landed_counts() -> None:
+    fit = measured(rate=2e9, copy_rate=5e9, fixed_s=2e-6)
+    for _ in range(200):
+        fit.landed(2, 16e-6)
+    assert fit.fitted().fixed_s == pytest.approx(10e-6)
+    assert fit.fitted().chunk_bytes == 1 * MiB
 
 
 def test_as_much_is_read_as_the_device_can_in_the_longest_pause() -> None:
     assert measured(rate=2e9, copy_rate=5e9, fixed_s=1e-3).fitted().depth == 3
-    assert measured(rate=2e9, copy_rate=5e9, fixed_s=1e-3, pause_s=0.01).fitted().depth == 3 + 6
+    assert measured(rate=2e9, copy_rate=5e9, fixed_s=1e-3, pause_s=0.01).fitted().depth == 3 + 5
     assert measured(rate=2e9, copy_rate=5e9, fixed_s=1e-3, pause_s=1.0).fitted().depth == 16
+
+
+def test_a_device_that_runs_dry_gets_more() -> None:
+    fit = measured(rate=2e9, copy_rate=5e9, fixed_s=1e-3)
+    depths = []
+    for _ in range(6):
+        fit.watched(0.1, 0.01)
+        depths.append(fit.fitted().depth)
+    assert depths == sorted(depths)
+    assert (depths[0], depths[-1]) == (5, 16)
+    for _ in range(300):
+        fit.watched(0.1, 0.0)
+        fit.fitted()
+    assert fit.fitted().depth == 3
 
 
 def test_a_pause_is_forgotten() -> None:

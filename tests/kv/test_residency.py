@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock.kv.residency import Budget, KVTensor, Path, Reading, by_layer, first_layers, plan
+from penstock.kv.residency import Budget, KVTensor, Path, Reading, first_layers, plan, spread
 from penstock.units import GiB, MiB
 
 KINDS = ("keys", "values")
@@ -22,17 +22,18 @@ def sizes(layers: int, size_bytes: int = 64 * MiB) -> dict[KVTensor, int]:
 
 @given(st.integers(1, 100))
 def test_a_ranking_has_every_tensor_once(layers: int) -> None:
-    for ranking in (by_layer, first_layers):
+    for ranking in (spread, first_layers):
         assert sorted(ranking(tensors(layers))) == tensors(layers)
 
 
 @given(st.integers(1, 96), st.data())
-def test_cached_layers_lie_evenly_between_direct_ones(layers: int, data: st.DataObject) -> None:
-    count = data.draw(st.integers(1, layers))
-    chosen = sorted({tensor.layer for tensor in by_layer(tensors(layers))[: 2 * count]})
+def test_cached_tensors_lie_evenly_between_direct_ones(layers: int, data: st.DataObject) -> None:
+    order = tensors(layers)
+    count = data.draw(st.integers(1, len(order)))
+    chosen = sorted(order.index(tensor) for tensor in spread(order)[:count])
     assert len(chosen) == count
-    gaps = [right - left for left, right in zip(chosen, [*chosen[1:], chosen[0] + layers], strict=True)]
-    assert max(gaps) <= 4 * -(-layers // count)
+    gaps = [right - left for left, right in zip(chosen, [*chosen[1:], chosen[0] + len(order)], strict=True)]
+    assert max(gaps) <= 4 * -(-len(order) // count)
 
 
 @given(

@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from penstock.adapters import nvme_session
 from penstock.adapters.nvme_layer import SharedRows
 from penstock.kv.cache import KVCache, KVStatistics, Memory
-from penstock.kv.residency import Ranking, by_layer
+from penstock.kv.residency import Ranking, spread
 from penstock.kv.session import session_path
 from penstock.storage.choose import EngineName
 from penstock.units import parse_size
@@ -52,7 +52,7 @@ class NVMeCache(Cache):
         memory: str | int = "auto",
         tokens: int = 0,
         engine: EngineName = "auto",
-        ranking: Ranking = by_layer,
+        ranking: Ranking = spread,
         overwrite: bool = False,
         destroying: str = "",
     ) -> None:
@@ -60,14 +60,12 @@ class NVMeCache(Cache):
         self._config = config
         self._directory = Path(path) if os.path.isdir(path) else Path(path).parent
         self._rows = SharedRows(
-            KVCache(
-                path, memory=budget, engine=engine, ranking=ranking, overwrite=overwrite, destroying=destroying
-            ),
+            KVCache(path, memory=budget, engine=engine, ranking=ranking, overwrite=overwrite, destroying=destroying),
             tokens,
         )
         theirs = DynamicCache(config=config)
         if config is None:
-            super().__init__(layer_class_to_replicate=self._rows.layer)
+            super().__init__(layer_class_to_replicate=self._rows.layer)  # type: ignore[arg-type]
         else:
             super().__init__(
                 layers=[self._rows.layer() if type(layer) is DynamicLayer else layer for layer in theirs.layers]
@@ -145,5 +143,3 @@ class NVMeCache(Cache):
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-

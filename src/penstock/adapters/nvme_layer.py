@@ -7,6 +7,7 @@ remembers which sequence of the stored row is meant by which of the batch.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
 from typing import Any
@@ -16,6 +17,8 @@ import torch
 from numpy.typing import NDArray
 from transformers.cache_utils import CacheLayerMixin
 
+from penstock.device.base import Device
+from penstock.device.choose import open_device
 from penstock.kv.cache import KVCache
 from penstock.kv.pipeline import Fetch
 from penstock.kv.residency import KVTensor
@@ -32,7 +35,16 @@ class SharedRows:
         self.layers: list[NVMeLayer] = []
         self.free_slots: list[_Slot] = []
         self.new = 1  # tokens that a layer gets at once, as the last one did
+        self._devices: dict[str, Device | None] = {}
         self.reordered = False  # since the last step: what is fetched beforehand would be fetched in vain
+
+    def device(self, name: str) -> Device | None:
+        """The device of that name, with the buffers known to it; None for host memory."""
+        if name not in self._devices:
+            device = self._devices[name] = open_device(name)
+            if device is not None:
+                self.cache.pin(device)
+        return self._devices[name]
 
     def layer(self) -> NVMeLayer:
         made = NVMeLayer(self, len(self.layers))
@@ -40,9 +52,10 @@ class SharedRows:
         return made
 
     def wanted(self, number: int) -> None:
-        """A layer's rows are waited for: have the device go on with the next one's, unless that is another step's."""
-        if number + 1 < len(self.layers):
-            self.layers[number + 1].begin()
+        """A layer's rows are waited for: have the device go on with the next one's, be it the next step's."""
+        following = (number + 1) % len(self.layers)
+        if following or not self.reordered:
+            self.layers[following].begin()
 
     def ended(self, number: int) -> None:
         """A layer has been updated: fetch the next one's rows while it computes."""
@@ -60,7 +73,7 @@ class SharedRows:
             if slot.fits(layer, tokens) and not slot.is_used:
                 self.free_slots.remove(slot)
                 return slot
-        self.free_slots = [slot for slot in self.free_slots if slot.is_used or slot.shares_shape(layer, tokens)][-2:]
+        self.free_slots = [slot for slot in self.free_slots if slot.is_used or slot.shares_shape(layer)][-2:]
         return _Slot(layer, tokens + _SPARE_TOKENS)
 
     def close(self) -> None:
@@ -68,6 +81,10 @@ class SharedRows:
             layer.forget()
         self.free_slots.clear()
         self.cache.close()
+        for device in self._devices.values():
+            if device is not None:
+                device.close()
+        self._devices.clear()
 
 
 class _Slot:
@@ -82,11 +99,11 @@ class _Slot:
             torch.empty((*shape[:2], capacity, shape[2]), dtype=self.dtype, device=self.device) for shape in self.shapes
         ]
 
-    def shares_shape(self, layer: NVMeLayer, tokens: int) -> bool:
+    def shares_shape(self, layer: NVMeLayer) -> bool:
         return (self.shapes, self.dtype, self.device) == (layer.shapes(), layer.dtype, layer.device)
 
     def fits(self, layer: NVMeLayer, tokens: int) -> bool:
-        return self.capacity >= tokens and self.shares_shape(layer, tokens)
+        return self.capacity >= tokens and self.shares_shape(layer)
 
     @property
     def is_used(self) -> bool:
@@ -117,40 +134,36 @@ class _CpuTarget:
 
 
 class _DeviceTarget:
-    """The same into the memory of a device, on a stream of its own where there are streams."""
+    """The same into the memory of a device: copied there as they are, and transposed there."""
 
-    def __init__(self, tensor: torch.Tensor, stored_batch: int, lineage: NDArray[np.int32] | None) -> None:
+    def __init__(
+        self, tensor: torch.Tensor, stored_batch: int, lineage: NDArray[np.int32] | None, device: Device
+    ) -> None:
         self._tensor = tensor
         self._row_shape = (stored_batch, tensor.shape[1], tensor.shape[3])
         self._lineage = lineage
-        self._stream: Any = None
-        if tensor.device.type == "cuda":
-            cuda: Any = torch.cuda
-            self._stream = cuda.Stream(tensor.device)
-            self._stream.wait_stream(cuda.current_stream(tensor.device))  # whoever had this memory before
+        self._device = device
         self._lock = threading.Lock()
+        # What is computed next on the caller's stream sees the copies, and they come after whoever had the memory.
+        self._stream: Any = contextlib.nullcontext()
+        if torch.accelerator.is_available() and tensor.device.type != "cpu":
+            self._stream = torch.accelerator.current_stream(tensor.device)
 
     def write(self, first: int, rows: NDArray[np.uint8]) -> None:
-        source = torch.from_numpy(rows.reshape(-1)).view(self._tensor.dtype).view(len(rows), *self._row_shape)
-        if self._stream is None:
-            self._copy(first, source)
-            return
-        cuda: Any = torch.cuda
-        with self._lock, cuda.stream(self._stream):
-            self._copy(first, source)
-            event = cuda.Event()
-            event.record(self._stream)
-        event.synchronize()  # the source is somebody else's then
-
-    def _copy(self, first: int, source: torch.Tensor) -> None:
-        parts = source.to(self._tensor.device, non_blocking=True)
-        if self._lineage is not None:
-            lineage = torch.from_numpy(self._lineage[first : first + len(source)].astype(np.int64))
-            parts = parts[torch.arange(len(source))[:, None], lineage]
-        self._tensor[:, :, first : first + len(source)].copy_(parts.permute(1, 2, 0, 3))
+        with self._lock:
+            landed = self._device.allocate(rows.nbytes)
+            transfer = self._device.copy(landed, 0, rows.reshape(-1).data)
+        transfer.wait()  # the rows' memory is somebody else's then
+        with self._lock, self._stream:
+            self._device.publish([landed])
+            parts = landed.view(self._tensor.dtype).view(len(rows), *self._row_shape)
+            if self._lineage is not None:
+                lineage = torch.from_numpy(self._lineage[first : first + len(rows)].astype(np.int64))
+                parts = parts[torch.arange(len(rows))[:, None], lineage]
+            self._tensor[:, :, first : first + len(rows)].copy_(parts.permute(1, 2, 0, 3))
 
 
-class NVMeLayer(CacheLayerMixin):
+class NVMeLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """One layer's keys and values in the store. Made by `NVMeCache`."""
 
     is_sliding = False
@@ -166,7 +179,7 @@ class NVMeLayer(CacheLayerMixin):
         self._lineage: NDArray[np.int32] | None = None  # [tokens, batch]: which of the stored sequences; None: the same
         self._slot: _Slot | None = None
         self._fetches: list[Fetch] = []
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
 
     # What the cache of a layer has in transformers.
 
@@ -190,6 +203,7 @@ class NVMeLayer(CacheLayerMixin):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Add the states of new tokens, [batch, heads, tokens, head_dim]; returns those of all tokens."""
+        del args, kwargs
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         before, new = self._tokens, key_states.shape[-2]
@@ -282,7 +296,7 @@ class NVMeLayer(CacheLayerMixin):
 
     @keys.setter
     def keys(self, value: torch.Tensor | None) -> None:
-        self._replace(0, value)
+        self._refuse(value)
 
     @property
     def values(self) -> torch.Tensor | None:
@@ -291,7 +305,7 @@ class NVMeLayer(CacheLayerMixin):
 
     @values.setter
     def values(self, value: torch.Tensor | None) -> None:
-        self._replace(1, value)
+        self._refuse(value)
 
     # What the cache's own do.
 
@@ -315,8 +329,10 @@ class NVMeLayer(CacheLayerMixin):
             self._slot = None
 
     def _target(self, tensor: torch.Tensor) -> _CpuTarget | _DeviceTarget:
-        kind = _CpuTarget if tensor.device.type == "cpu" else _DeviceTarget
-        return kind(tensor, self._stored_batch, self._lineage)
+        device = self._shared.device(str(tensor.device))
+        if device is None:
+            return _CpuTarget(tensor, self._stored_batch, self._lineage)
+        return _DeviceTarget(tensor, self._stored_batch, self._lineage, device)
 
     def _fetched(self, capacity: int) -> _Slot:
         """All rows so far, in memory for so many."""
@@ -350,14 +366,14 @@ class NVMeLayer(CacheLayerMixin):
 
     def _store_again(self) -> None:
         """Put all rows down anew, as the stored ones have no room for so many sequences."""
-        states = [self._read(0), self._read(1)]
+        keys, values = self._read(0), self._read(1)
+        assert keys is not None
+        assert values is not None
         for name in self._names:
             self._shared.cache.remove(name)
         self._tokens, self._lineage = 0, None
-        assert states[0] is not None
-        assert states[1] is not None
-        self.lazy_initialization(*states)
-        self._append(*states)
+        self.lazy_initialization(keys, values)
+        self._append(keys, values)
 
     def _same(self) -> NDArray[np.int32]:
         return np.tile(np.arange(self.batch, dtype=np.int32), (self._tokens, 1))
@@ -370,6 +386,6 @@ class NVMeLayer(CacheLayerMixin):
         self._shared.cache.fetch(self._names[which], self._target(found)).wait()
         return found
 
-    def _replace(self, which: int, value: torch.Tensor | None) -> None:
+    def _refuse(self, value: torch.Tensor | None) -> None:
         if value is not None:
             raise AttributeError(f"layer {self.number}: keys and values are set by update, or cut off by crop")

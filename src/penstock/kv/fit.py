@@ -3,7 +3,8 @@
 A chunk is read, verified and copied on. Each costs a fixed time beside the time of its bytes, so it must not be small;
 while one is copied the next must be there, so it must not be large. And while the caller computes, or tensors from the
 page cache are copied, nothing that was read is taken away: the device works on only as long as there is memory to read
-into, so as many chunks are under way as it can read in the longest such pause.
+into, so as many chunks are under way as it can read in the longest such pause. Where it runs dry all the same, as a
+disk does that reports what it has read in bursts, they become more until it does not.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import math
 import threading
 from dataclasses import dataclass
 
-_FIXED_SHARE = 0.05  # of a chunk's time that may be spent on what is not its bytes
+_FIXED_SHARE = 0.02  # of a chunk's time that may be spent on what is not its bytes
 _FORGET = 0.97  # what a measurement counts for, when the next has come
-_SPARE = 1.25  # of the memory that the longest pause takes
+_DRY_SHARE = 0.02  # of the time that the device may have nothing to do while there is work
+_DEEPER, _SHALLOWER = 1.5, 0.99  # of the depth, each time that is looked at
+_SHORTEST_S = 1e-6  # that is believed
 _FEWEST = 3  # chunks: one copied, one read, one about to be
 
 
@@ -57,6 +60,9 @@ class Fit:
         # Sums for a straight line through (bytes, seconds) of copies.
         self._n = self._x = self._y = self._xx = self._xy = 0.0
         self._pause_s = 0.0
+        self._landing_s = self._landings = 0.0
+        self._starved_s = self._watched_s = 0.0
+        self._deeper = 1.0
 
     def read(self, size_bytes: int, busy_s: float) -> None:
         """The device has read so much while it had work for so long."""
@@ -72,6 +78,18 @@ class Fit:
             self._xx = self._xx * _FORGET + float(size_bytes) ** 2
             self._xy = self._xy * _FORGET + size_bytes * taken_s
 
+    def landed(self, chunks: int, taken_s: float) -> None:
+        """So many chunks that have landed were passed on in so long."""
+        with self._lock:
+            self._landing_s = self._landing_s * _FORGET + taken_s
+            self._landings = self._landings * _FORGET + chunks
+
+    def watched(self, watched_s: float, starved_s: float) -> None:
+        """For so long there was something to read, and for so long of it the device was not asked for anything."""
+        with self._lock:
+            self._watched_s += watched_s
+            self._starved_s += starved_s
+
     def paused(self, pause_s: float) -> None:
         """So long no buffer has come back while there was more to read."""
         with self._lock:
@@ -81,13 +99,22 @@ class Fit:
         """What to do next."""
         with self._lock:
             per_byte_s, fixed_s = self._line()
-            rate = self._read_bytes / self._read_s if self._read_s else 0.0
+            fixed_s += self._landing_s / self._landings if self._landings else 0.0
+            if self._watched_s:
+                is_dry = self._starved_s > _DRY_SHARE * self._watched_s
+                self._deeper = (
+                    min(self._deeper * _DEEPER, self._most) if is_dry else max(1.0, self._deeper * _SHALLOWER)
+                )
+                self._watched_s = self._starved_s = 0.0
+            rate = self._read_bytes / self._read_s if self._read_s > _SHORTEST_S else 0.0
             # A chunk whose fixed time is a small share of the slower of reading and copying it.
             slower_s = max(per_byte_s, 1 / rate if rate else 0.0)
             wanted = fixed_s / (_FIXED_SHARE * slower_s) if slower_s else self._largest_bytes
             wanted = 2.0 ** math.ceil(math.log2(max(1.0, wanted)))
             chunk_bytes = int(min(max(wanted, self._smallest_bytes), self._largest_bytes))
-            depth = _FEWEST + math.ceil(rate * self._pause_s * _SPARE / chunk_bytes) if rate else self._most
+            paused = min(rate * self._pause_s / chunk_bytes, float(self._most))
+            depth = _FEWEST + math.ceil(paused) if rate else self._most
+            depth = math.ceil(depth * self._deeper)
             return Fitted(
                 chunk_bytes=chunk_bytes,
                 depth=max(1, min(depth, self._most)),

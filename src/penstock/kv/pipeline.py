@@ -2,14 +2,15 @@
 
 Each fetch is cut into chunks. Those of tensors on the direct path are read by the engine into buffers of the pool, as
 many at once as `penstock.kv.fit` says; threads verify what has landed and hand it to the target, and read what is in
-the page cache by themselves. Fetches are served in their order, but the device does not wait for that: while the rows
-of a cached tensor are copied, the next direct ones are read.
+the page cache by themselves, filling it where it is not. Fetches are served in their order, but what has landed comes
+first: while the rows of a cached tensor are copied, the device goes on with the next direct one.
 
 Writes yield: they go to the device when no read is waiting for it, or when the pool runs short of buffers.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import heapq
 import os
@@ -27,6 +28,7 @@ from penstock.errors import KVError
 from penstock.kv.fit import Fit, Fitted
 from penstock.kv.residency import Path
 from penstock.kv.tensor import Run, StoredTensor, checksum
+from penstock.linux.pagecache import FileResidency, populate
 from penstock.storage.base import READ, WRITE, Engine, batch
 from penstock.storage.exiting import before_exit
 from penstock.storage.pool import Block, BufferPool
@@ -108,6 +110,7 @@ class _Write:
 
 @dataclass(order=True, slots=True)
 class _Ready:
+    is_cached: bool  # later than what has landed: that keeps buffers from the device
     number: int
     first: int
     chunk: _Chunk = field(compare=False)
@@ -141,6 +144,7 @@ class Pipeline:
         self._engine = engine
         self._pool = pool
         self._cached_fd = cached_fd
+        self._residency = FileResidency(cached_fd)
         self._file = engine.add_file(direct_fd)
         self._buffers = pool.add_to(engine)
         figures = pool.statistics()
@@ -162,7 +166,8 @@ class Pipeline:
         self._forget_exit: Callable[[], None] = lambda: None
         self._direct_bytes = self._cached_bytes = self._written_bytes = self._tried_again = 0
         self._starved_s = 0.0
-        self._starved_since = self._busy_since = self._returned_at = 0.0
+        self._watched_since = self._busy_since = self._returned_at = 0.0
+        self._was_reading = False
 
     # What callers do.
 
@@ -324,7 +329,7 @@ class Pipeline:
         tensor.check()
 
     def _hand_over(self, chunk: _Chunk) -> None:
-        heapq.heappush(self._ready, _Ready(chunk.fetch.number, chunk.run.first, chunk))
+        heapq.heappush(self._ready, _Ready(chunk.memory is None, chunk.fetch.number, chunk.run.first, chunk))
         self._condition.notify_all()
 
     def _drop(self, unwanted: Callable[[_Chunk], bool]) -> None:
@@ -373,11 +378,12 @@ class Pipeline:
         now = time.monotonic()
         if begun and not self._operations:
             self._busy_since = now
-        if self._starved_since and (begun or not self._reads):
-            self._starved_s += now - self._starved_since
-            self._starved_since = 0.0
-        elif self._reads and not self._reading and not begun and not self._starved_since:
-            self._starved_since = now
+        if self._watched_since:  # there was something to read
+            is_starved = not self._was_reading
+            self._fit.watched(now - self._watched_since, (now - self._watched_since) * is_starved)
+            self._starved_s += (now - self._watched_since) * is_starved
+        self._watched_since = now if self._reads or self._reading else 0.0
+        self._was_reading = bool(self._reading)
         if begun:
             self._submit(begun)
 
@@ -419,6 +425,7 @@ class Pipeline:
                 if not self._operations:
                     return
             done = self._engine.wait(1)
+            began_s = time.perf_counter()
             with self._condition:
                 now = time.monotonic()
                 moved = 0
@@ -433,6 +440,7 @@ class Pipeline:
                 self._busy_since = now
                 if not self._ending:
                     self._pump()
+                self._fit.landed(len(done), time.perf_counter() - began_s)
 
     def _landed(self, chunk: _Chunk, result: int) -> None:
         self._reading -= 1
@@ -523,6 +531,8 @@ class Pipeline:
             else:
                 stored = scratch[: shape.block_bytes]
                 try:
+                    if number == run.first:
+                        self._fill(run.offset, run.offset + chunk.size_bytes)
                     got = _read(self._cached_fd, stored, run.offset + start)
                 except OSError as error:
                     return self._trouble(chunk, -(error.errno or errno.EIO))
@@ -542,6 +552,12 @@ class Pipeline:
                 self._cached_bytes += chunk.size_bytes
         self._fit.copied(chunk.size_bytes, time.perf_counter() - started_s)
         return None
+
+    def _fill(self, start: int, stop: int) -> None:
+        """Have a range in the page cache, in folios as large as it goes: reading it would fill it page by page."""
+        if self._residency.resident_bytes(start, stop) < stop - start:
+            with contextlib.suppress(OSError):  # then the read fills it, or says what is wrong
+                populate(self._cached_fd, start, stop)
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,15 +44,15 @@ _STALLED_FACTOR = 0.75
 Ranking: TypeAlias = Callable[[Sequence[KVTensor]], Sequence[KVTensor]]  # the first ones are cached first
 
 
-def by_layer(tensors: Sequence[KVTensor]) -> list[KVTensor]:
-    """Layers spread evenly: however many are taken from the front, about as many others lie between any two of them.
+def spread(tensors: Sequence[KVTensor]) -> list[KVTensor]:
+    """Spread evenly: however many are taken from the front, about as many others lie between any two of them.
 
     A longer front holds all of a shorter one, so that a change of the budget moves only what it has to.
     """
-    layers = sorted({tensor.layer for tensor in tensors})
-    bits = max(1, (len(layers) - 1).bit_length())
-    place = {layer: int(f"{index:0{bits}b}"[::-1], 2) for index, layer in enumerate(layers)}  # bits in reverse
-    return sorted(tensors, key=lambda tensor: (place[tensor.layer], tensor))
+    order = sorted(tensors)
+    bits = max(1, (len(order) - 1).bit_length())
+    place = {tensor: int(f"{index:0{bits}b}"[::-1], 2) for index, tensor in enumerate(order)}  # bits in reverse
+    return sorted(tensors, key=place.__getitem__)
 
 
 def first_layers(tensors: Sequence[KVTensor]) -> list[KVTensor]:
@@ -94,7 +94,7 @@ class Plan:
         ]
 
 
-def plan(sizes: Mapping[KVTensor, int], budget_bytes: int, ranking: Ranking = by_layer) -> Plan:
+def plan(sizes: Mapping[KVTensor, int], budget_bytes: int, ranking: Ranking = spread) -> Plan:
     """Cache tensors in the order of a ranking, as many as fit.
 
     Args:

@@ -110,7 +110,7 @@ class SessionWriter:
         checksums = []
         for start in range(0, len(data), CHUNK_BYTES):
             chunk = data[start : start + CHUNK_BYTES]
-            checksums.append(xxhash.xxh3_64_intdigest(chunk))
+            checksums.append(xxhash.xxh3_64_intdigest(chunk.data))
             _write(self._fd, chunk, self._at + start)
         self._parts.append(Part(name, self._at, len(data), dict(about), tuple(checksums)))
         self._at += -(-len(data) // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
@@ -221,7 +221,7 @@ class SessionReader:
             chunk = np.frombuffer(os.pread(self._fd, length, part.offset + start), np.uint8)
             if len(chunk) != length:
                 raise self._damaged(part.offset + start + len(chunk), "the file ends")
-            if (found := xxhash.xxh3_64_intdigest(chunk)) != expected:
+            if (found := xxhash.xxh3_64_intdigest(chunk.data)) != expected:
                 what = f"the checksum of {name} is {found:016x} there, and was {expected:016x}"
                 raise self._damaged(part.offset + start, what)
             yield chunk
@@ -273,4 +273,4 @@ def _part(entry: Any) -> Part:
 def _write(fd: int, data: NDArray[np.uint8], offset: int) -> None:
     done = 0
     while done < len(data):
-        done += os.pwrite(fd, data[done:], offset + done)
+        done += os.pwrite(fd, data[done:].data, offset + done)

@@ -22,7 +22,7 @@ from penstock.kv.codec import RAW, Codec
 from penstock.kv.layout import BlockMap, block_shape
 from penstock.kv.pipeline import Fetch, Pipeline, PipelineStatistics, Target
 from penstock.kv.residency import KVTensor, Path
-from penstock.kv.tensor import Run, StoredTensor, checksum
+from penstock.kv.tensor import StoredTensor, checksum
 from penstock.linux.pagecache import drop
 from penstock.storage.base import Engine, EngineStatistics
 from penstock.storage.pool import BufferPool, PoolStatistics
@@ -161,7 +161,7 @@ class KVStore:
     def fetch(self, name: KVTensor, target: Target, *, tokens: int | None = None) -> Fetch:
         """Begin to bring rows to a target: see `Pipeline.fetch`.
 
-        Until it is done or cancelled, the tensor may be appended to, and not be cut off, moved or removed.
+        Until it is done or cancelled, the tensor may be appended to and moved, and not be cut off or removed.
         """
         return self._pipeline.fetch(self.tensors[name], target, tokens=tokens)
 
@@ -203,13 +203,28 @@ class KVStore:
         return found
 
     def move(self, name: KVTensor, path: Path) -> None:
-        """Have a tensor read by another path from now on. Nothing may be being fetched of it."""
+        """Have a tensor read by another path from now on. A fetch that is under way goes on as it began."""
         tensor = self.tensors[name]
         if tensor.path is path:
             return
         tensor.path = path
         if path is Path.DIRECT:
             self._forget_cached(tensor)
+
+    def tidy(self) -> None:
+        """Drop what the page cache holds of the region beside the tensors on the page-cache path.
+
+        Folios of 2 MiB that were filled by populating a mapping are marked to start a read-ahead when they are read for
+        the first time, whatever the descriptor is advised. Behind the end of a cached tensor that is somebody else's.
+        """
+        cached = sorted(
+            extent for tensor in self.tensors.values() if tensor.path is Path.CACHED for extent in tensor.blocks.extents
+        )
+        at = 0
+        for start, stop in [*cached, (self.region.header.size_bytes, 0)]:
+            if at < start:
+                drop(self._cached_fd, at, start)
+            at = stop
 
     def _forget_cached(self, tensor: StoredTensor) -> None:
         for start, stop in tensor.blocks.extents:

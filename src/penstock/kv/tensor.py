@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from penstock.kv.residency import KVTensor, Path
 
 def checksum(stored: NDArray[np.uint8]) -> int:
     """Of a block as it is stored: XXH3, 64 bits."""
-    return xxhash.xxh3_64_intdigest(stored)
+    return xxhash.xxh3_64_intdigest(stored.data)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,7 @@ class StoredTensor:
         most = max(1, most_bytes // self.shape.block_bytes)
         breaks = np.flatnonzero(np.diff(offsets) != self.shape.block_bytes) + 1
         edges = [0, *breaks.tolist(), last - first] if last > first else []
-        for low, high in zip(edges, edges[1:], strict=False):
+        for low, high in itertools.pairwise(edges):
             for start in range(low, high, most):
                 yield Run(first + start, first + min(start + most, high), int(offsets[start]))
 

@@ -80,6 +80,7 @@ class BufferPool:
                 undo.callback(pin(slab))  # type: ignore[misc]
             self._unpin = undo.pop_all()
         self._count = count
+        self._pinned: set[str] = set()  # names of the devices that were made to know them later
         self._free = [
             Block(number, offset, slab[offset : offset + block_bytes])
             for number, slab in reversed(list(enumerate(self.slabs)))
@@ -93,6 +94,15 @@ class BufferPool:
     def add_to(self, engine: Engine) -> list[int]:
         """Make the slabs known to an engine; returns their numbers in its requests."""
         return [engine.add_buffer(slab) for slab in self.slabs]
+
+    def pin(self, name: str, pin: Callable[[memoryview], Callable[[], None]]) -> None:
+        """Make the slabs known to a device, unless one of that name knows them already; `close` undoes it."""
+        with self._condition:
+            if self._closed or name in self._pinned:
+                return
+            self._pinned.add(name)
+            for slab in self.slabs:
+                self._unpin.callback(pin(slab))
 
     def acquire(self, timeout_s: float | None = None) -> Block:
         """Take a block; waits until there is one.

@@ -232,8 +232,8 @@ class Region:
             return
         if stat.S_ISBLK(os.fstat(self.fd).st_mode):
             raise RegionError(
-                f"{self.path}: {format_size(size_bytes)} are wanted, and the region has {format_size(self.size_bytes)}; "
-                "a region on a device cannot grow"
+                f"{self.path}: {format_size(size_bytes)} are wanted, the region has {format_size(self.size_bytes)}; "
+                "one on a device cannot grow"
             )
         header = replace(self.header, size_bytes=total_bytes)
         try:
