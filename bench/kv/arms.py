@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from bench.errors import RunError
 from bench.kv.workload import Comparing, Device, Source, Workload
-from penstock.kv.cache import KVCache
+from penstock.kv.cache import DEPTH, KVCache
 from penstock.kv.pipeline import Fetch
 from penstock.kv.residency import KVTensor
 from penstock.kv.residency import Path as Residence
@@ -163,7 +163,7 @@ class Stored(Kept):
         made = self._closing.enter_context(
             Region.create(directory / "region", _region_bytes(workload), owner="penstock bench")
         )
-        engine = self._closing.enter_context(create_engine()[0])
+        engine = self._closing.enter_context(create_engine(depth=DEPTH)[0])
         pool = self._closing.enter_context(BufferPool(_POOL_BYTES, _BUFFER_BYTES))
         store = self._closing.enter_context(KVStore(made, engine, pool))
         self.kept = store
