@@ -297,20 +297,22 @@ def _halving(console: Console, workload: Workload, directory: Path, rounds: int)
     """A run whose limit is halved and restored, beside runs that have either limit from the start."""
     whole_bytes, half_bytes = workload.kv_bytes, workload.kv_bytes // 2
     longer = Workload(workload.layers, workload.row_bytes, workload.prompt, 3 * _PHASE_STEPS + 1)
-    shorter = Workload(workload.layers, workload.row_bytes, workload.prompt, _PHASE_STEPS + 1)
+    # As many tokens as the first has got by then.
+    half = Workload(workload.layers, workload.row_bytes, workload.prompt + _PHASE_STEPS, _PHASE_STEPS + 1)
+    whole = Workload(workload.layers, workload.row_bytes, workload.prompt + 2 * _PHASE_STEPS, _PHASE_STEPS + 1)
     runs: dict[str, list[list[float]]] = {"changing": [], "whole": [], "half": []}
     for number in range(rounds):
         changes = {_PHASE_STEPS: half_bytes, 2 * _PHASE_STEPS: whole_bytes}
         runs["changing"].append(_run("penstock", longer, directory, whole_bytes, changes).steps_s)
-        runs["whole"].append(_run("penstock", shorter, directory, whole_bytes).steps_s)
-        runs["half"].append(_run("penstock", shorter, directory, half_bytes).steps_s)
+        runs["whole"].append(_run("penstock", whole, directory, whole_bytes).steps_s)
+        runs["half"].append(_run("penstock", half, directory, half_bytes).steps_s)
         for name, values in runs.items():
             console.print(f"round {number + 1}/{rounds}, {name}: {' '.join(f'{s:.2f}' for s in values[-1])}")
     passed = True
     for name, first in (("half", _PHASE_STEPS), ("whole", 2 * _PHASE_STEPS)):
         low, high = first + _FOLLOWING_STEPS, first + _PHASE_STEPS
         settled = [median(steps[low:high]) for steps in runs["changing"]]
-        start = [median(steps[_SETTLED_STEPS:]) for steps in runs[name]]
+        start = [median(steps[_FOLLOWING_STEPS:]) for steps in runs[name]]  # the same tokens
         ratio = median(a / b for a, b in zip(settled, start, strict=True))
         passed = passed and ratio <= _MOST_SLOWER
         text = f"{_FOLLOWING_STEPS} steps after the change to {name}: {ratio:.2f} of a run that had it from the start"
