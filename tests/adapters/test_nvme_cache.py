@@ -18,7 +18,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from penstock.adapters.nvme_cache import NVMeCache  # noqa: E402
-from penstock.errors import KVError  # noqa: E402
+from penstock.errors import KVError, RegionError  # noqa: E402
 from penstock.kv import layout  # noqa: E402
 from penstock.kv.residency import KVTensor, spread  # noqa: E402
 from penstock.kv.residency import Path as Residence  # noqa: E402
@@ -272,6 +272,27 @@ def test_damage_is_an_error_and_not_a_token(tmp_path: Path) -> None:
         with pytest.raises(KVError, match="its checksum is"):
             model(inputs[:, :1], past_key_values=cache)
     assert not path.exists()
+
+
+@pytest.mark.root
+def test_a_device_that_is_full(loop_device: Path) -> None:
+    """The step fails that needs more; what the cache holds stays, keys and values alike."""
+    kept: list[tuple[Any, Any]] = []
+    with NVMeCache(path=loop_device, memory=0) as cache:
+
+        def fill() -> None:
+            for step in range(10_000):
+                new = states(1, 4097, step)
+                cache.update(*new, 0)
+                kept.append(new)
+
+        with pytest.raises(RegionError, match="cannot grow"):
+            fill()
+        for found, which in ((cache.layers[0].keys, 0), (cache.layers[0].values, 1)):
+            assert torch.equal(found, torch.cat([pair[which] for pair in kept], dim=2))
+        cache.crop(-5000)
+        keys, _ = cache.update(*states(1, 1, 0), 0)
+        assert keys.shape[2] == 4097 * len(kept) - 5000 + 1
 
 
 def test_memory_is_a_size(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -112,17 +111,18 @@ while True:
 
 def test_a_saver_that_is_killed(tmp_path: Path) -> None:
     config = make_model("llama").config
-    for _ in range(int(os.environ.get("PENSTOCK_TEST_KILLS", "5"))):
+    kills = int(os.environ.get("PENSTOCK_TEST_KILLS", "5"))
+    for number in range(kills):
         with subprocess.Popen([sys.executable, "-c", _SAVER, str(tmp_path)], stdout=subprocess.PIPE) as saver:
             assert saver.stdout is not None
             assert saver.stdout.readline()
-            time.sleep(random.random() * 0.1)
+            time.sleep(0.1 * number / kills)  # somewhere in a save, which takes about as long
             saver.send_signal(signal.SIGKILL)
         with NVMeCache.load("mine", config, tmp_path, tokens=torch.zeros(1, 4000)) as cache:
-            number = float(cache.layers[0].keys[0, 0, 0, 0])
-            assert number >= 1
+            saved = float(cache.layers[0].keys[0, 0, 0, 0])
+            assert saved >= 1
             for layer in cache.layers:
-                assert bool((layer.keys == number).all())
-                assert bool((layer.values == number).all())
+                assert bool((layer.keys == saved).all())
+                assert bool((layer.values == saved).all())
         left = [entry.name for entry in os.scandir(tmp_path) if not entry.name.endswith(".penstock-session")]
         assert left == []

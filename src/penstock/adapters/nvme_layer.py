@@ -353,12 +353,18 @@ class NVMeLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def _append(self, *states: torch.Tensor) -> None:
         new = states[0].shape[-2]
-        for name, each in zip(self._names, states, strict=True):
-            rows = each.detach().permute(2, 0, 1, 3)
-            if self.batch < self._stored_batch:
-                rows = torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, self._stored_batch - self.batch))
-            packed = rows.contiguous().cpu().view(torch.uint8).numpy()
-            self._shared.cache.append(name, packed.reshape(new, -1))
+        try:
+            for name, each in zip(self._names, states, strict=True):
+                rows = each.detach().permute(2, 0, 1, 3)
+                if self.batch < self._stored_batch:
+                    rows = torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, self._stored_batch - self.batch))
+                packed = rows.contiguous().cpu().view(torch.uint8).numpy()
+                self._shared.cache.append(name, packed.reshape(new, -1))
+        except BaseException:  # the device is full, say: keys without values would be rows too many
+            for name in self._names:
+                if self._shared.cache.tokens(name) > self._tokens:
+                    self._shared.cache.truncate(name, self._tokens)
+            raise
         if self._lineage is not None:
             more = np.tile(np.arange(self.batch, dtype=np.int32), (new, 1))
             self._lineage = np.concatenate((self._lineage, more))

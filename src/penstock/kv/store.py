@@ -144,8 +144,8 @@ class KVStore:
         """Begin to write whole blocks of rows, as many as go at once, behind those of a tensor; returns their rows."""
         shape, first = tensor.shape, tensor.whole_blocks
         run = next(tensor.runs(first, first + len(rows) // shape.rows, self._pool.statistics().block_bytes))
-        if tensor.writing:  # a block may be overwritten: it was cut off while its rows were still being written
-            self._pipeline.settle(tensor) if tensor.writing & set(range(run.first, run.last)) else None
+        if tensor.writing & set(range(run.first, run.last)):  # cut off while they were still being written
+            self._pipeline.settle(tensor)
         buffer = self._pipeline.buffer()
         memory = np.frombuffer(buffer.memory, np.uint8)
         for number in range(run.last - run.first):
