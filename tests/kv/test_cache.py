@@ -16,6 +16,7 @@ from penstock.kv import cache as module
 from penstock.kv.cache import KVCache
 from penstock.kv.residency import KVTensor, Reading
 from penstock.kv.residency import Path as Residence
+from penstock.linux.memory import MemoryState
 from penstock.units import GiB, KiB, MiB
 
 TENSORS = [KVTensor(layer, kind) for layer in range(4) for kind in ("keys", "values")]
@@ -165,6 +166,23 @@ def test_nothing_is_left_open(tmp_path: Path) -> None:
             check(cache)
             cache.close()
     assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+def test_buffers_take_a_quarter_of_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def in_memory(headroom_bytes: int) -> None:
+        state = MemoryState(headroom_bytes, 0, 0, 0, "cgroup v2 /small")
+        monkeypatch.setattr(module.MemoryReader, "read", lambda self: state)
+
+    for headroom_bytes, expected_bytes in [(16 * MiB, 8 * MiB), (64 * MiB, 16 * MiB), (4 * GiB, 96 * MiB)]:
+        in_memory(headroom_bytes)
+        with KVCache(tmp_path, size_bytes=40 * MiB) as cache:
+            assert cache.statistics().store.pool.budget_bytes == expected_bytes
+            fill(cache)
+            check(cache)
+    in_memory(15 * MiB)
+    with pytest.raises(MemoryError, match=r"takes 16.0 MiB at least, and 15.0 MiB can be had \(cgroup v2 /small\)"):
+        KVCache(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("memory", [-1, -(1 << 40)])

@@ -35,6 +35,7 @@ Memory: TypeAlias = int | Literal["auto"]
 
 _BUFFER_BYTES = 2 * MiB
 _POOL_BYTES = 96 * MiB  # a virtio disk was dry 4 % of the time with 64, and steps took 5 to 10 % longer
+_LEAST_POOL_BYTES = 4 * _BUFFER_BYTES
 # In the kernel at once; as many again and more wait in the engine. A virtio disk reports what it has read when it has
 # nothing more to do, so with all of them in the kernel it idles until the buffers are free again: 5 % of a step.
 DEPTH = 16
@@ -90,6 +91,7 @@ class KVCache:
         RegionError: the device carries something, or is in use.
         FileExistsError: the file is there.
         OSError: ENOSPC: the size cannot be had.
+        MemoryError: there is none for the buffers.
     """
 
     def __init__(
@@ -114,12 +116,12 @@ class KVCache:
             self._region, remove = _create(pathlib.Path(path), size_bytes, overwrite, destroying)
             undo.callback(remove)
             undo.callback(self._region.close)
-            pool = self._pool = undo.enter_context(_shared_pool(max(pool_bytes, 4 * _BUFFER_BYTES)))
+            self._reader = MemoryReader()
+            undo.callback(self._reader.close)
+            pool = self._pool = undo.enter_context(_shared_pool(self._affordable(pool_bytes)))
             made, self._fallback = create_engine(engine, depth=DEPTH)
             self._engine = undo.enter_context(made)
             self._store = undo.enter_context(KVStore(self._region, self._engine, pool, codec=codec))
-            self._reader = MemoryReader()
-            undo.callback(self._reader.close)
             self._pressure: tuple[float, Pressure | None] = (time.monotonic(), read_pressure())
             self._budget = Budget(self._reading(), reserve_bytes=0)
             self._plan = plan({}, 0)
@@ -128,6 +130,16 @@ class KVCache:
             self._closing = undo.pop_all()
         _live.add(self)
         weakref.finalize(self, self._closing.close)  # of one that nobody has closed
+
+    def _affordable(self, pool_bytes: int) -> int:
+        """For buffers: a quarter of the memory there is at most, better than to be killed for it."""
+        state = self._reader.read()
+        if state.headroom_bytes < 2 * _LEAST_POOL_BYTES:
+            raise MemoryError(
+                f"{self._region.path}: a KV cache takes {format_size(2 * _LEAST_POOL_BYTES)} at least, and "
+                f"{format_size(state.headroom_bytes)} can be had ({state.source})"
+            )
+        return max(_LEAST_POOL_BYTES, min(pool_bytes, state.headroom_bytes // 4))
 
     def pin(self, device: Device) -> None:
         """Have a device copy from the buffers by itself; it must not be closed before the cache."""
