@@ -17,6 +17,7 @@ from penstock.linux.pagecache import drop, mincore
 from penstock.pagecache.base import ModelFile
 from penstock.pagecache.evictor import Evictor, MappedPart
 from penstock.pagecache.ledger import Ledger
+from penstock.testing.residency import About
 from penstock.units import MiB
 
 SIZE_BYTES = 40 * MiB
@@ -64,11 +65,6 @@ def cached(file: ModelFile) -> None:
 def resident(file: ModelFile, start: int = 0, stop: int = SIZE_BYTES) -> int:
     with open(file.path, "rb") as opened:
         return int(np.count_nonzero(mincore(opened.fileno(), start, stop))) * PAGE
-
-
-def about(size_bytes: int) -> object:
-    """That many bytes, but for a few pages: the kernel may take back a clean one at any moment."""
-    return pytest.approx(size_bytes, abs=64 * PAGE)
 
 
 class Mapper:
@@ -120,38 +116,38 @@ class TestUnmapped:
         evictor = Evictor(ledger, nobody_maps)
         ledger.access(ledger.record(file), 0, SIZE_BYTES)
         evictor.evict(file, MiB, 5 * MiB, at_once=True)
-        assert resident(file, MiB, 5 * MiB) == about(0)
-        assert resident(file) == about(SIZE_BYTES - 4 * MiB)
-        assert ledger.totals().evicted_bytes == about(4 * MiB)
+        assert resident(file, MiB, 5 * MiB) == About(0)
+        assert resident(file) == About(SIZE_BYTES - 4 * MiB)
+        assert ledger.totals().evicted_bytes == About(4 * MiB)
         assert ledger.record(file).present.missing(0, SIZE_BYTES) == [(MiB, 5 * MiB)]
 
     def test_small_pieces_wait_for_each_other(self, ledger: Ledger, file: ModelFile) -> None:
         evictor = Evictor(ledger, nobody_maps)
         for start in range(0, 16 * MiB, MiB):
             evictor.evict(file, start, start + MiB)
-        assert resident(file) == about(SIZE_BYTES)
+        assert resident(file) == About(SIZE_BYTES)
         for start in range(16 * MiB, 32 * MiB, MiB):
             evictor.evict(file, start, start + MiB)
-        assert resident(file) == about(SIZE_BYTES - 32 * MiB)
-        assert ledger.totals().evicted_bytes == about(32 * MiB)
+        assert resident(file) == About(SIZE_BYTES - 32 * MiB)
+        assert ledger.totals().evicted_bytes == About(32 * MiB)
 
     def test_a_batch_is_of_whole_folios(self, ledger: Ledger, file: ModelFile) -> None:
         evictor = Evictor(ledger, nobody_maps)
         evictor.evict(file, MiB, 35 * MiB + 5)
-        assert resident(file, 2 * MiB, 34 * MiB) == about(0)
-        assert resident(file) == about(SIZE_BYTES - 32 * MiB)
+        assert resident(file, 2 * MiB, 34 * MiB) == About(0)
+        assert resident(file) == About(SIZE_BYTES - 32 * MiB)
         evictor.flush()
-        assert resident(file, MiB, 35 * MiB) == about(0)
-        assert resident(file, 36 * MiB, 40 * MiB) == about(4 * MiB)
+        assert resident(file, MiB, 35 * MiB) == About(0)
+        assert resident(file, 36 * MiB, 40 * MiB) == About(4 * MiB)
 
     def test_flush_drops_what_waits(self, ledger: Ledger, file: ModelFile) -> None:
         evictor = Evictor(ledger, nobody_maps)
         evictor.evict(file, 0, 3 * MiB)
         evictor.evict(file, 10 * MiB, 11 * MiB)
         evictor.flush()
-        assert resident(file) == about(SIZE_BYTES - 4 * MiB)
+        assert resident(file) == About(SIZE_BYTES - 4 * MiB)
         evictor.flush()
-        assert ledger.totals().evicted_bytes == about(4 * MiB)
+        assert ledger.totals().evicted_bytes == About(4 * MiB)
 
     def test_what_is_not_cached_costs_nothing(self, ledger: Ledger, file: ModelFile) -> None:
         asked = []
@@ -164,14 +160,14 @@ class TestUnmapped:
         drop(ledger.record(file).fd)
         evictor.evict(file, 0, SIZE_BYTES)
         assert asked == []
-        assert ledger.totals().evicted_bytes == about(0)
+        assert ledger.totals().evicted_bytes == About(0)
 
     def test_nothing_to_evict(self, ledger: Ledger, file: ModelFile) -> None:
         evictor = Evictor(ledger, nobody_maps)
         evictor.evict(file, 5 * MiB, 5 * MiB)
         evictor.evict(file, 5 * MiB, 5 * MiB, at_once=True)
         evictor.flush()
-        assert resident(file) == about(SIZE_BYTES)
+        assert resident(file) == About(SIZE_BYTES)
 
 
 def test_a_file_that_is_gone(ledger: Ledger, tmp_path: Path) -> None:
@@ -189,15 +185,15 @@ def test_a_file_that_is_gone(ledger: Ledger, tmp_path: Path) -> None:
 class TestMapped:
     def test_pages_that_a_child_maps_go_and_it_still_reads_them(self, ledger: Ledger, file: ModelFile) -> None:
         with mappers(file, 1) as ([child], parts):
-            assert resident(file) == about(SIZE_BYTES)
+            assert resident(file) == About(SIZE_BYTES)
             evictor = Evictor(ledger, lambda _: parts)
             evictor.evict(file, 0, 32 * MiB)
             assert resident(file, 0, 32 * MiB) < 2 * MiB
-            assert resident(file, 32 * MiB) == about(8 * MiB)
+            assert resident(file, 32 * MiB) == About(8 * MiB)
             assert ledger.totals().evicted_bytes > 30 * MiB
             assert evictor.warning == ""
             assert child.ask() == child.sum
-            assert resident(file) == about(SIZE_BYTES)
+            assert resident(file) == About(SIZE_BYTES)
 
     def test_only_the_part_that_is_asked_for(self, ledger: Ledger, file: ModelFile) -> None:
         with mappers(file, 1) as (_, [whole]):
@@ -206,8 +202,8 @@ class TestMapped:
             evictor = Evictor(ledger, lambda _: [part])
             evictor.evict(file, 4 * MiB, 16 * MiB, at_once=True)
             assert resident(file, 8 * MiB, 16 * MiB) < MiB
-            assert resident(file, 0, 8 * MiB) == about(8 * MiB)
-            assert resident(file, 16 * MiB) == about(SIZE_BYTES - 16 * MiB)
+            assert resident(file, 0, 8 * MiB) == About(8 * MiB)
+            assert resident(file, 16 * MiB) == About(SIZE_BYTES - 16 * MiB)
 
     def test_what_two_processes_map_stays_and_stays_known(self, ledger: Ledger, file: ModelFile) -> None:
         with mappers(file, 2) as ([_, other], parts):
@@ -229,7 +225,7 @@ class TestMapped:
             child.popen.wait()
             evictor = Evictor(ledger, lambda _: parts)
             evictor.evict(file, 0, SIZE_BYTES, at_once=True)
-            assert resident(file) == about(0)
+            assert resident(file) == About(0)
             assert evictor.warning == ""
 
 
@@ -257,4 +253,4 @@ def test_an_ordinary_user_is_told_what_cannot_be_done(file: ModelFile, as_ordina
         command = [*as_ordinary_user, sys.executable, "-c", UNPRIVILEGED, file.path, *map(str, numbers)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         assert done.stdout == "True 0\n"
-        assert resident(file) == about(SIZE_BYTES)
+        assert resident(file) == About(SIZE_BYTES)

@@ -16,6 +16,7 @@ from penstock.linux.pagecache import FileWindow, drop, mincore
 from penstock.pagecache.base import ModelFile, Prefetch
 from penstock.pagecache.ledger import Ledger
 from penstock.pagecache.loader import Loader
+from penstock.testing.residency import About
 from penstock.units import MiB
 
 SIZE_BYTES = 40 * MiB
@@ -53,11 +54,6 @@ def resident(file: ModelFile, start: int, stop: int) -> int:
         return int(mincore(opened.fileno(), start, stop).sum()) * PAGE
 
 
-def about(size_bytes: int) -> object:
-    """That many bytes, but for a few pages: the kernel may take back a clean one at any moment."""
-    return pytest.approx(size_bytes, abs=MiB // 4)
-
-
 def wait_until(condition: Callable[[], bool], otherwise: str) -> None:
     deadline = time.monotonic() + DEADLINE_S
     while not condition():
@@ -68,8 +64,8 @@ def wait_until(condition: Callable[[], bool], otherwise: str) -> None:
 def test_what_is_asked_for_is_read_in(loader: Loader, ledger: Ledger, file: ModelFile) -> None:
     loader.submit([Prefetch(file, 3 * MiB + 5, 21 * MiB), Prefetch(file, 30 * MiB, SIZE_BYTES)])
     assert loader.wait_idle(DEADLINE_S)
-    assert resident(file, 3 * MiB, 21 * MiB) == about(18 * MiB)
-    assert resident(file, 30 * MiB, SIZE_BYTES) == about(10 * MiB)
+    assert resident(file, 3 * MiB, 21 * MiB) == About(18 * MiB)
+    assert resident(file, 30 * MiB, SIZE_BYTES) == About(10 * MiB)
     assert ledger.totals().prefetched_bytes == 28 * MiB
     assert ledger.totals().waiting_bytes == 28 * MiB
     assert loader.idle
@@ -104,7 +100,7 @@ def test_the_end_of_a_file_that_ends_within_a_page(loader: Loader, ledger: Ledge
     file = make_file(tmp_path / "odd.gguf", 9 * MiB + 100)
     loader.submit([Prefetch(file, 0, file.size_bytes)])
     assert loader.wait_idle(DEADLINE_S)
-    assert resident(file, 0, file.size_bytes) == about(9 * MiB + PAGE)
+    assert resident(file, 0, file.size_bytes) == About(9 * MiB + PAGE)
     assert ledger.totals().prefetched_bytes == file.size_bytes
 
 
@@ -122,7 +118,7 @@ def test_no_more_than_is_allowed_waits_for_a_reader(loader: Loader, ledger: Ledg
     loader.set_limits(SIZE_BYTES)
     assert loader.wait_idle(DEADLINE_S)
     assert ledger.record(file).present.covers(0, SIZE_BYTES)
-    assert resident(file, 0, SIZE_BYTES) == about(SIZE_BYTES)
+    assert resident(file, 0, SIZE_BYTES) == About(SIZE_BYTES)
 
 
 def test_a_new_queue_replaces_the_old_one(loader: Loader, ledger: Ledger, file: ModelFile, tmp_path: Path) -> None:
@@ -133,7 +129,7 @@ def test_a_new_queue_replaces_the_old_one(loader: Loader, ledger: Ledger, file: 
     loader.set_limits(SIZE_BYTES)
     assert loader.wait_idle(DEADLINE_S)
     assert loader.statistics().interruptions == 1
-    assert resident(other, 0, 8 * MiB) == about(8 * MiB)
+    assert resident(other, 0, 8 * MiB) == About(8 * MiB)
     assert resident(file, 0, SIZE_BYTES) == 0
     assert ledger.totals().prefetched_bytes == 8 * MiB
 
@@ -154,7 +150,7 @@ def test_a_file_shorter_than_it_was(loader: Loader, ledger: Ledger, file: ModelF
         assert "nothing more of it is prefetched" in warning
     assert 1 <= len(loader.statistics().warnings) <= 2
     assert ledger.record(file).failed
-    assert resident(other, 0, 8 * MiB) == about(8 * MiB)
+    assert resident(other, 0, 8 * MiB) == About(8 * MiB)
     loader.submit([Prefetch(file, 0, 4 * MiB)])
     assert loader.wait_idle(DEADLINE_S)
     assert ledger.totals().prefetched_bytes == 8 * MiB
@@ -182,7 +178,7 @@ def test_where_a_file_system_cannot_be_populated(
         assert loader.wait_idle(DEADLINE_S)
         assert loader.statistics().method == "pread"
         assert loader.statistics().warnings == ()
-        assert resident(file, 0, SIZE_BYTES) == about(SIZE_BYTES)
+        assert resident(file, 0, SIZE_BYTES) == About(SIZE_BYTES)
     finally:
         loader.close()
 

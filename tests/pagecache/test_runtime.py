@@ -23,6 +23,7 @@ from penstock.pagecache.observers.base import Observer
 from penstock.pagecache.observers.process import ProcessObserver
 from penstock.pagecache.recorder import Recorder
 from penstock.pagecache.runtime import CacheMode, Outcome, Runtime
+from penstock.testing.residency import About
 from penstock.units import MiB
 
 SIZE_BYTES = 24 * MiB
@@ -153,11 +154,6 @@ def resident(file: ModelFile) -> int:
         return int(mincore(opened.fileno(), 0, SIZE_BYTES).sum()) * os.sysconf("SC_PAGE_SIZE")
 
 
-def about(size_bytes: int) -> object:
-    """That many bytes, but for a few pages: the kernel may take back a clean one at any moment."""
-    return pytest.approx(size_bytes, abs=MiB // 4)
-
-
 def wait_until(condition: Callable[[], bool], otherwise: str) -> None:
     deadline = time.monotonic() + DEADLINE_S
     while not condition():
@@ -209,8 +205,8 @@ def test_what_it_evicts_goes_where_the_model_does_not_fit(
     wait_until(lambda: ledger.totals().accessed_bytes == SIZE_BYTES, "the reads were not seen")
     outcome = running.stop()
     assert outcome.budget.source == "--memory"
-    assert outcome.evicted_bytes == about(4 * MiB)
-    assert resident(file) == about(SIZE_BYTES - 4 * MiB)
+    assert outcome.evicted_bytes == About(4 * MiB)
+    assert resident(file) == About(SIZE_BYTES - 4 * MiB)
 
 
 @pytest.mark.parametrize("cache", [CacheMode.AUTO, CacheMode.KEEP])
@@ -223,14 +219,14 @@ def test_nothing_is_evicted_where_the_model_fits_or_is_to_be_kept(
     reader.read_to(SIZE_BYTES)
     wait_until(lambda: ledger.totals().accessed_bytes == SIZE_BYTES, "the reads were not seen")
     assert running.stop().evicted_bytes == 0
-    assert resident(file) == about(SIZE_BYTES)
+    assert resident(file) == About(SIZE_BYTES)
 
 
 def test_burning_leaves_nothing_even_of_what_was_only_prefetched(
     files: ModelFiles, file: ModelFile, ledger: Ledger, reader: Reader
 ) -> None:
     running = Running(files, ledger, reader, Told([Prefetch(file, 0, SIZE_BYTES)]), cache=CacheMode.BURN)
-    wait_until(lambda: resident(file) == about(SIZE_BYTES), "nothing was prefetched")
+    wait_until(lambda: resident(file) == About(SIZE_BYTES), "nothing was prefetched")
     reader.read_to(MiB)
     reader.close()
     running.stop()
@@ -260,7 +256,7 @@ def test_a_timeline_ends_with_what_was_read(files: ModelFiles, ledger: Ledger, r
     times = [sample.t_s for sample in outcome.timeline]
     assert times == sorted(times)
     assert outcome.timeline[-1].accessed_bytes == SIZE_BYTES
-    assert outcome.timeline[-1].resident_bytes == about(SIZE_BYTES)
+    assert outcome.timeline[-1].resident_bytes == About(SIZE_BYTES)
 
 
 def test_without_an_observer_what_was_asked_for_first_is_still_prefetched(
