@@ -19,6 +19,7 @@ import transformers
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from penstock.adapters.transformers import NVMeCache
+from penstock.testing.models import taking
 
 # Two cores decode them in well under a second a token; their caches have the shape of larger ones.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -99,7 +100,7 @@ def main() -> None:
         begin = time.perf_counter()
         # In pieces, so that attention itself takes little memory.
         for start in range(0, ids.shape[1], 512):
-            logits = model(ids[:, start : start + 512], past_key_values=cache, logits_to_keep=1).logits
+            logits = model(ids[:, start : start + 512], **taking(cache), logits_to_keep=1).logits
         found["prefill_s"] = time.perf_counter() - begin
         if arm == "session":
             begin = time.perf_counter()
@@ -115,7 +116,7 @@ def main() -> None:
             chosen = logits[:, -1].argmax(-1, keepdim=True)
             found["tokens"].append(chosen.flatten().tolist())
             begin = time.perf_counter()
-            logits = model(chosen, past_key_values=cache).logits
+            logits = model(chosen, **taking(cache)).logits
             found["steps_s"].append(time.perf_counter() - begin)
         found["logits"] = logits[:, -1].double().sum(-1).tolist()
     if isinstance(cache, NVMeCache):

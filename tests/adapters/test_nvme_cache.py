@@ -22,7 +22,7 @@ from penstock.errors import KVError, RegionError  # noqa: E402
 from penstock.kv import layout  # noqa: E402
 from penstock.kv.residency import KVTensor, spread  # noqa: E402
 from penstock.kv.residency import Path as Residence  # noqa: E402
-from penstock.testing.models import MODELS, make_model  # noqa: E402
+from penstock.testing.models import MODELS, make_model, taking  # noqa: E402
 from penstock.units import KiB  # noqa: E402
 
 
@@ -93,7 +93,7 @@ def test_the_same_tokens(model: Any, make_cache: Callable[[Any], NVMeCache], way
     def generate(cache: Any) -> Any:
         torch.manual_seed(5)
         return model.generate(
-            inputs, attention_mask=torch.ones_like(inputs), past_key_values=cache, max_new_tokens=30, **WAYS[way]
+            inputs, attention_mask=torch.ones_like(inputs), **taking(cache), max_new_tokens=30, **WAYS[way]
         )
 
     expected = generate(transformers.DynamicCache(config=model.config))
@@ -111,8 +111,8 @@ def test_padding_on_the_left(model: Any, make_cache: Callable[[Any], NVMeCache])
         inputs[row, :padded] = 0
         mask[row, :padded] = 0
     options = {"attention_mask": mask, "max_new_tokens": 20, "do_sample": False}
-    expected = model.generate(inputs, past_key_values=transformers.DynamicCache(config=model.config), **options)
-    found = model.generate(inputs, past_key_values=make_cache(model), **options)
+    expected = model.generate(inputs, **taking(transformers.DynamicCache(config=model.config)), **options)
+    found = model.generate(inputs, **taking(make_cache(model)), **options)
     assert found.tolist() == expected.tolist()
 
 
@@ -120,7 +120,7 @@ def test_a_second_turn(model: Any, make_cache: Callable[[Any], NVMeCache]) -> No
     first, second = prompt(1, 30), prompt(1, 12, seed=2)
 
     def talk(cache: Any) -> Any:
-        options = {"past_key_values": cache, "max_new_tokens": 15, "do_sample": False}
+        options = {**taking(cache), "max_new_tokens": 15, "do_sample": False}
         answer = model.generate(first, attention_mask=torch.ones_like(first), **options)
         turn = torch.cat((answer, second), dim=1)
         return model.generate(turn, attention_mask=torch.ones_like(turn), **options)
@@ -137,7 +137,7 @@ def test_assisted_decoding(make_cache: Callable[[Any], NVMeCache]) -> None:
         return model.generate(
             inputs,
             attention_mask=torch.ones_like(inputs),
-            past_key_values=cache,
+            **taking(cache),
             max_new_tokens=25,
             do_sample=False,
             **options,
@@ -157,7 +157,7 @@ def test_logits_are_equal(make_cache: Callable[[Any], NVMeCache], dtype: str) ->
         found = []
         with mode():
             for start, stop in [(0, 40), (40, 41), (41, 50), (50, 64)]:
-                found.append(model(inputs[:, start:stop], past_key_values=cache).logits)
+                found.append(model(inputs[:, start:stop], **taking(cache)).logits)
         return found
 
     for mode in (torch.no_grad, torch.inference_mode):
@@ -228,7 +228,7 @@ def test_the_statistics_say_why(tmp_path: Path) -> None:
     model = make_model("llama")
     with NVMeCache(model.config, tmp_path, memory=12 * KiB) as cache:
         inputs = prompt(1, 64)
-        model.generate(inputs, attention_mask=torch.ones_like(inputs), past_key_values=cache, max_new_tokens=4)
+        model.generate(inputs, attention_mask=torch.ones_like(inputs), **taking(cache), max_new_tokens=4)
         decisions = cache.statistics().plan.decisions
         assert len(decisions) == 8
         assert {decision.path for decision in decisions.values()} == set(Residence)
@@ -242,7 +242,7 @@ def test_nothing_is_left_behind(tmp_path: Path) -> None:
 
     def once() -> None:
         with NVMeCache(model.config, tmp_path) as cache:
-            model.generate(inputs, attention_mask=torch.ones_like(inputs), past_key_values=cache, max_new_tokens=3)
+            model.generate(inputs, attention_mask=torch.ones_like(inputs), **taking(cache), max_new_tokens=3)
 
     once()
     gc.collect()
@@ -260,7 +260,7 @@ def test_damage_is_an_error_and_not_a_token(tmp_path: Path) -> None:
     path = tmp_path / "kv"
     inputs = prompt(1, 64)
     with NVMeCache(model.config, path, memory=0) as cache:
-        model(inputs, past_key_values=cache)
+        model(inputs, **taking(cache))
         cache.statistics()
         size = path.stat().st_size
         with path.open("r+b") as file:
@@ -270,7 +270,7 @@ def test_damage_is_an_error_and_not_a_token(tmp_path: Path) -> None:
             os.fsync(file.fileno())
         assert path.stat().st_size == size
         with pytest.raises(KVError, match="its checksum is"):
-            model(inputs[:, :1], past_key_values=cache)
+            model(inputs[:, :1], **taking(cache))
     assert not path.exists()
 
 

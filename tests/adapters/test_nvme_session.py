@@ -17,7 +17,7 @@ transformers = pytest.importorskip("transformers")
 
 from penstock.adapters.transformers import NVMeCache  # noqa: E402
 from penstock.errors import SessionError  # noqa: E402
-from penstock.testing.models import MODELS, make_model  # noqa: E402
+from penstock.testing.models import MODELS, make_model, taking  # noqa: E402
 
 
 def ids(batch: int, tokens: int, seed: int = 1) -> Any:
@@ -30,13 +30,13 @@ def test_a_context_is_reused(tmp_path: Path, name: str) -> None:
     context, more = ids(2, 40), ids(2, 5, seed=2)
     with torch.no_grad():
         with NVMeCache(model.config, tmp_path) as cache:
-            model(context, past_key_values=cache)
+            model(context, **taking(cache))
             path = cache.save("context", context)
-            expected = model(more, past_key_values=cache).logits
+            expected = model(more, **taking(cache)).logits
         assert path.exists()
         with NVMeCache.load("context", model.config, tmp_path, tokens=torch.cat((context, more), dim=1)) as cache:
             assert cache.get_seq_length() == 40
-            assert torch.equal(model(more, past_key_values=cache).logits, expected)
+            assert torch.equal(model(more, **taking(cache)).logits, expected)
 
 
 def test_generate_goes_on(tmp_path: Path) -> None:
@@ -46,10 +46,10 @@ def test_generate_goes_on(tmp_path: Path) -> None:
     options = {"attention_mask": torch.ones_like(whole), "max_new_tokens": 10, "do_sample": False}
     expected = model.generate(whole, **options)
     with NVMeCache(model.config, tmp_path) as cache, torch.no_grad():
-        model(context, past_key_values=cache)
+        model(context, **taking(cache))
         cache.save("context", context)
     with NVMeCache.load("context", model.config, tmp_path, tokens=whole) as cache:
-        assert model.generate(whole, past_key_values=cache, **options).tolist() == expected.tolist()
+        assert model.generate(whole, **taking(cache), **options).tolist() == expected.tolist()
 
 
 def test_beams_are_saved_as_they_are(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_whose_it_is(tmp_path: Path) -> None:
     with NVMeCache(model.config, tmp_path) as cache, torch.no_grad():
         with pytest.raises(ValueError, match="nothing to save"):
             cache.save("mine", ids(1, 9))
-        model(ids(1, 9), past_key_values=cache)
+        model(ids(1, 9), **taking(cache))
         with pytest.raises(ValueError, match="holds 9 tokens, and the ids of 8"):
             cache.save("mine", ids(1, 8))
         with pytest.raises(ValueError, match="a name has letters"):

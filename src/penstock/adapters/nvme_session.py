@@ -38,7 +38,7 @@ def save(path: Path, config: Any, layers: Iterable[Any], tokens: torch.Tensor) -
     length = max((layer.get_seq_length() for layer in layers if isinstance(layer, DynamicLayer | NVMeLayer)), default=0)
     if not length:
         raise ValueError("the cache is empty: there is nothing to save")
-    dtype = next(layer.dtype for layer in layers if layer.is_initialized)
+    dtype = next(_dtype(layer) for layer in layers if layer.is_initialized)
     facts = {"model": _model(config), "dtype": str(dtype), "tokens": length, "ids": _digest(tokens, length)}
     with SessionWriter(path, facts) as writer:
         for number, layer in enumerate(layers):
@@ -91,6 +91,14 @@ def _restore(layer: Any, keys: torch.Tensor, values: torch.Tensor, about: Mappin
     layer.keys, layer.values = keys.contiguous(), values.contiguous()
     if isinstance(layer, DynamicSlidingWindowLayer):
         layer.cumulative_length = int(about["cumulative_length"])
+
+
+def _dtype(layer: NVMeLayer | DynamicLayer) -> torch.dtype:
+    """Of its states, which of transformers' own layers only the states tell."""
+    if isinstance(layer, NVMeLayer):
+        return layer.dtype
+    assert layer.keys is not None  # it is initialized
+    return layer.keys.dtype
 
 
 def _extra(layer: Any) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 _SMALL = {
@@ -46,3 +47,11 @@ def make_model(name: str, dtype: Any = None, seed: int = 0) -> Any:
     for parameter in model.parameters():  # else all tokens are about as likely
         parameter.data.normal_(0, 0.3)
     return model.to(dtype or torch.float32)
+
+
+def taking(cache: Any) -> dict[str, Any]:
+    """The argument by which models and `generate` take a cache: ``cache``, or in older releases ``past_key_values``."""
+    import transformers
+
+    parameters = inspect.signature(transformers.LlamaForCausalLM.forward).parameters
+    return {"cache" if "cache" in parameters else "past_key_values": cache}
