@@ -18,7 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from penstock.linux import pagecache
-from penstock.linux.pagecache import PAGE_BYTES, FileResidency, FileWindow, ResidencyMethod
+from penstock.linux.pagecache import FileResidency, ResidencyMethod
+from penstock.linux.window import PAGE_BYTES, FileWindow
 from penstock.testing.residency import kept_cached
 from penstock.units import MiB
 
@@ -372,7 +373,7 @@ class TestTouch:
         # In a process of its own: what must not happen is a SIGBUS.
         code = (
             "import os, sys\n"
-            "from penstock.linux.pagecache import FileWindow\n"
+            "from penstock.linux.window import FileWindow\n"
             "path, size, left = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])\n"
             "fd, sink = os.open(path, os.O_RDWR), os.memfd_create('sink')\n"
             "with FileWindow(fd, 0, size) as window:\n"

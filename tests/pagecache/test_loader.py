@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from penstock.linux import numa
-from penstock.linux.pagecache import FileWindow, drop, mincore
+from penstock.linux.pagecache import drop, mincore
+from penstock.linux.window import FileWindow
 from penstock.pagecache.base import ModelFile, Prefetch
 from penstock.pagecache.ledger import Ledger
 from penstock.pagecache.loader import Loader

@@ -18,7 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from penstock.errors import TemplateError, TemplateFormatError
-from penstock.linux.pagecache import PAGE_BYTES, drop, mincore
+from penstock.linux.pagecache import drop, mincore
+from penstock.linux.window import PAGE_BYTES
 from penstock.pagecache.base import Range
 from penstock.pagecache.intervals import IntervalSet
 from penstock.pagecache.template import (

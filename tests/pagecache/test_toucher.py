@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from penstock.linux.pagecache import FileWindow
+from penstock.linux.window import FileWindow
 from penstock.pagecache import toucher as toucher_module
 from penstock.pagecache.base import ModelFile
 from penstock.pagecache.ledger import Ledger

@@ -102,7 +102,7 @@ def _bar(residency: FileResidency, size_bytes: int) -> tuple[str, int]:
 
     Cells end at pages, so that no page counts in two; only the cells of a file of fewer pages share them.
     """
-    from penstock.linux.pagecache import PAGE_BYTES
+    from penstock.linux.window import PAGE_BYTES
 
     pages = -(-size_bytes // PAGE_BYTES)
     shades = []

@@ -12,10 +12,7 @@ Facts, each seen on 6.18:
 - And where the device is quick, or the thread is held up, the page has arrived before the same call looks for it:
   20 questions about 8 cold pages each were all answered "cached". A fault cannot err so: it is a major one exactly
   when the page was not there. It waits for the device, so it only confirms what the read calls cached.
-- A mapping with MADV_HUGEPAGE that is filled by MADV_POPULATE_READ reads in units of 2 MiB whatever
-  ``read_ahead_kb`` says, makes 2 MiB folios where the file system can, and copies nothing: 2.1 GB/s for 0.03
-  CPU seconds a GB, where preadv took 0.2-0.7 and WILLNEED was cut at the read-ahead limit. Populating past
-  the end of a truncated file is EFAULT, never SIGBUS.
+- It is filled best through a mapping: see `penstock.linux.window`.
 - ``posix_fadvise(DONTNEED)`` drops only pages that nobody maps; ``process_madvise(MADV_PAGEOUT)`` drops those
   that one process maps. It returns the full length either way.
 """
@@ -30,28 +27,22 @@ import os
 import resource
 import stat
 import weakref
-from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from penstock.linux.libc import function, syscall
+from penstock.linux.window import IOV_MAX, PAGE_BYTES, FileWindow, io_vectors
 
 if TYPE_CHECKING:  # importing numpy takes 0.1 s, which the loader need not wait for
     import numpy as np
     from numpy.typing import NDArray
 
-PAGE_BYTES = mmap.PAGESIZE
-
 _NR_PROCESS_MADVISE = 440  # the same number on every architecture, as all calls since 5.x
 _NR_CACHESTAT = 451
 
-_MADV_HUGEPAGE = 14
 _MADV_COLD = 20
 _MADV_PAGEOUT = 21
-_MADV_POPULATE_READ = 22
-_MAP_FAILED = ctypes.c_void_p(-1).value
-_IOV_MAX = 1024
 _CONFIRMING_SAMPLES = 16
 
 _mincore = function("mincore", [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p])
@@ -61,8 +52,6 @@ _mmap = function(
     ctypes.c_ssize_t,
 )
 _munmap = function("munmap", [ctypes.c_void_p, ctypes.c_size_t])
-_madvise = function("madvise", [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int])
-_pwritev = function("pwritev", [ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64], ctypes.c_ssize_t)
 _readahead = function("readahead", [ctypes.c_int, ctypes.c_int64, ctypes.c_size_t], ctypes.c_ssize_t)
 
 
@@ -303,71 +292,6 @@ def splice_fill(fd: int, start: int, stop: int) -> int:
             os.close(descriptor)
 
 
-class FileWindow:
-    """A shared read-only mapping of ``[start, stop)`` of a file; start must be a multiple of the page size.
-
-    Nothing is read ahead beyond it, neither when it is populated nor when it is touched: the first page of each unit
-    populated is marked to start a read-ahead. Whoever wants the neighbour will come to it, in units as large; the
-    kernel's read-ahead grows to read_ahead_kb, and with 8 MiB of that a mapping took 3.7 s where it takes 3.2 without.
-    """
-
-    def __init__(self, fd: int, start: int, stop: int) -> None:
-        self._length = stop - start
-        self._address = _mmap(None, self._length, mmap.PROT_READ, mmap.MAP_SHARED, fd, start)
-        _madvise(self._address, self._length, mmap.MADV_RANDOM)
-
-    def populate(self, *, huge: bool = True) -> None:
-        """Read it into the cache without copying it, in units of 2 MiB or else of a page; blocks until it is there.
-
-        Raises:
-            OSError: EINVAL before Linux 5.14; EFAULT where the file ends before stop; EIO for a failed read.
-        """
-        try:
-            if huge:
-                _madvise(self._address, self._length, _MADV_HUGEPAGE)
-        except OSError as error:
-            if error.errno != errno.EINVAL:  # EINVAL: a kernel without transparent huge pages
-                raise
-        while True:
-            try:
-                _madvise(self._address, self._length, _MADV_POPULATE_READ)
-            except InterruptedError:
-                continue
-            return
-
-    def touch(self, sink: int, start: int = 0, stop: int | None = None) -> None:
-        """Have the CPU read one byte of every page, by writing those bytes into a scratch file.
-
-        A load instruction would do, but where the file has been truncated meanwhile it ends the process by
-        SIGBUS; a system call that reads the same memory returns EFAULT.
-
-        Args:
-            sink: a descriptor of a memory file (memfd), which is overwritten.
-            start: offset in the window.
-            stop: offset in the window; its length by default.
-
-        Raises:
-            OSError: EFAULT where the file has become shorter.
-        """
-        stop = self._length if stop is None else stop
-        for first in range(start, stop, _IOV_MAX * PAGE_BYTES):
-            pages = min(_IOV_MAX, -(-(stop - first) // PAGE_BYTES))
-            address = self._address + first
-            vectors = _io_vectors(range(address, address + pages * PAGE_BYTES, PAGE_BYTES), [1] * pages)
-            if _pwritev(sink, vectors.buffer_info()[0], pages, 0) != pages:
-                raise OSError(errno.EFAULT, "the file ends before the window")
-
-    def close(self) -> None:
-        """Unmap it; the pages stay in the cache."""
-        _munmap(self._address, self._length)
-
-    def __enter__(self) -> FileWindow:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
 def populate(fd: int, start: int, stop: int) -> None:
     """Read ``[start, stop)`` of a file into the cache: see `FileWindow.populate`."""
     with FileWindow(fd, start, stop) as window:
@@ -383,19 +307,11 @@ def page_out(pidfd: int, ranges: Sequence[tuple[int, int]]) -> None:
         PermissionError: without CAP_SYS_NICE and the right to inspect the process.
         ProcessLookupError: the process is gone.
     """
-    for first in range(0, len(ranges), _IOV_MAX):
-        batch = ranges[first : first + _IOV_MAX]
-        vectors = _io_vectors([start for start, _ in batch], [stop - start for start, stop in batch])
+    for first in range(0, len(ranges), IOV_MAX):
+        batch = ranges[first : first + IOV_MAX]
+        vectors = io_vectors([start for start, _ in batch], [stop - start for start, stop in batch])
         pointer = ctypes.cast(vectors.buffer_info()[0], ctypes.POINTER(ctypes.c_uint64))
         syscall(_NR_PROCESS_MADVISE, "process_madvise", pidfd, pointer, len(batch), _MADV_PAGEOUT, 0)
-
-
-def _io_vectors(addresses: Sequence[int], lengths: Sequence[int]) -> array[int]:
-    """An array of struct iovec."""
-    vectors = array("Q", bytes(16 * len(addresses)))
-    vectors[0::2] = array("Q", addresses)
-    vectors[1::2] = array("Q", lengths)
-    return vectors
 
 
 @dataclass(frozen=True, slots=True)

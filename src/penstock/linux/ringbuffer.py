@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from penstock.linux.pagecache import PAGE_BYTES
 from penstock.linux.tracefs import PADDING, TIME_EXTEND, TIME_STAMP, Page
 from penstock.linux.tracepoint import Format
+from penstock.linux.window import PAGE_BYTES
 
 EVENT_DTYPE = np.dtype(
     [

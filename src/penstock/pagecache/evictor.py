@@ -6,7 +6,8 @@ import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from penstock.linux.pagecache import PAGE_BYTES, drop, page_out
+from penstock.linux.pagecache import drop, page_out
+from penstock.linux.window import PAGE_BYTES
 from penstock.pagecache.base import ModelFile
 from penstock.pagecache.intervals import IntervalSet
 from penstock.pagecache.ledger import Ledger

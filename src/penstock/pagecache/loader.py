@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from penstock.linux import numa
-from penstock.linux.pagecache import PAGE_BYTES, FileWindow
+from penstock.linux.window import PAGE_BYTES, FileWindow
 from penstock.pagecache.base import Prefetch
 from penstock.pagecache.ledger import FileRecord, Ledger
 from penstock.pagecache.toucher import Toucher

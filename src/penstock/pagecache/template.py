@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from penstock.errors import TemplateError, TemplateFormatError
-from penstock.linux.pagecache import PAGE_BYTES
+from penstock.linux.window import PAGE_BYTES
 from penstock.pagecache.base import Range
 from penstock.pagecache.intervals import IntervalSet
 from penstock.units import KiB, MiB

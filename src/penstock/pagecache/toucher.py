@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 
-from penstock.linux.pagecache import PAGE_BYTES, FileWindow
+from penstock.linux.window import PAGE_BYTES, FileWindow
 from penstock.pagecache.ledger import FileRecord, Ledger
 
 # Of two CPUs one: with two threads the program itself got a sixth of its speed. Medians on a 2-CPU guest, 6.4 GB

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from penstock.linux import process
-from penstock.linux.pagecache import PAGE_BYTES
 from penstock.linux.pagemap import Pagemap
 from penstock.linux.process import Mapping, OpenFile
+from penstock.linux.window import PAGE_BYTES
 from penstock.pagecache.base import ModelFile
 from penstock.pagecache.evictor import MappedPart
 from penstock.pagecache.files import ModelFiles, looks_like_weights

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 
 from penstock.errors import ObserverError
 from penstock.linux import process
-from penstock.linux.pagecache import PAGE_BYTES, FileResidency, ResidencyMethod, mincore
+from penstock.linux.pagecache import FileResidency, ResidencyMethod, mincore
+from penstock.linux.window import PAGE_BYTES
 from penstock.pagecache.base import ModelFile, Range
 from penstock.pagecache.evictor import MappedPart
 from penstock.pagecache.files import ModelFiles
