@@ -54,7 +54,9 @@ class Loader:
     ) -> None:
         self._ledger = ledger
         self._node_of_worker = node_of_worker
-        self._condition = threading.Condition()
+        lock = threading.RLock()
+        self._condition = threading.Condition(lock)
+        self._became_idle = threading.Condition(lock)
         self._queue: deque[Prefetch] = deque()
         self._allowance_bytes = 1 << 62
         self._active_limit = threads
@@ -101,7 +103,7 @@ class Loader:
     def wait_idle(self, timeout_s: float | None = None) -> bool:
         """Block until all that was submitted is cached; False when the time ran out."""
         with self._condition:
-            return self._condition.wait_for(lambda: not self._queue and not self._active, timeout_s)
+            return self._became_idle.wait_for(lambda: not self._queue and not self._active, timeout_s)
 
     def statistics(self) -> LoaderStatistics:
         """Method, interruptions and warnings so far."""
@@ -147,6 +149,13 @@ class Loader:
         scratch.close()
 
     def _next_chunk(self) -> tuple[FileRecord, int, int, int | None] | None:
+        """Take the next chunk off the queue, or find that there is none. Needs the lock."""
+        chunk = self._take_chunk()
+        if chunk is None and not self._queue and not self._active:
+            self._became_idle.notify_all()
+        return chunk
+
+    def _take_chunk(self) -> tuple[FileRecord, int, int, int | None] | None:
         """Take the next chunk that is not cached yet off the queue, if the limits allow one. Needs the lock."""
         while self._queue and not self._closing and self._active < self._active_limit:
             if self._ledger.totals().waiting_bytes + _CHUNK_BYTES > self._allowance_bytes:
