@@ -13,6 +13,15 @@ from pathlib import Path
 import pytest
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is marked rig runs in the virtual machine of `make rig` alone."""
+    if "PENSTOCK_RIG" in os.environ:
+        return
+    for item in items:
+        if item.get_closest_marker("rig"):
+            item.add_marker(pytest.mark.skip(reason="needs the virtual machine of `make rig`"))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def interruptible() -> Iterator[None]:
     """A shell has its background jobs ignore SIGINT, and children inherit that: programs under test would too."""

@@ -1,0 +1,46 @@
+"""What the rig runs: jobs, each a boot with tests of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from rig.machine import Drive
+
+Age = Literal["old", "new"]
+
+# Of the page cache's tests: they need no torch, and what they say of time is bounded by deadlines alone.
+_PAGE_CACHE = ("tests/pagecache", "tests/linux", "tests/cli/test_run.py", "tests/cli/test_doctor.py")
+# Both sizes of a logical block with both limits of a transfer; 16 KiB is less than any chunk in use.
+_DRIVES = (Drive(512, 7), Drive(512, 2), Drive(4096, 7), Drive(4096, 2))
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One boot.
+
+    Attributes:
+        age: of the kernel: the oldest or the newest that there is.
+        arguments: for pytest.
+        drives: NVMe drives.
+        timeout_s: of the whole boot.
+    """
+
+    name: str
+    age: Age
+    arguments: tuple[str, ...]
+    drives: tuple[Drive, ...] = ()
+    timeout_s: float = 600.0
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.age} kernel"
+
+
+def jobs() -> list[Job]:
+    """All of them, the longest first."""
+    ages: tuple[Age, ...] = ("old", "new")
+    return [
+        Job("page-cache", "old", (*_PAGE_CACHE, "-m", "not slow and not rig")),
+        *(Job("nvme", age, ("tests/linux/test_nvme.py", "tests/storage/test_nvme.py"), _DRIVES) for age in ages),
+        *(Job("numa", age, ("tests/pagecache/test_placed.py", "tests/linux/test_cgroup2.py")) for age in ages),
+    ]
