@@ -25,6 +25,8 @@ from rig.plan import Age, Job, jobs
 from rig.provision import Kernel, provide_kernels, provide_tools
 
 _DISK_BYTES = 2 * GiB
+# Under emulation what takes a second elsewhere takes ten.
+_PYTEST = ("python", "-m", "pytest", "-p", "no:cacheprovider", "-o", "timeout=400", "-o", "faulthandler_timeout=390")
 _LANES = 2  # machines at once: each has two CPUs, and seldom uses both
 
 
@@ -79,25 +81,8 @@ class Rig:
         began = time.monotonic()
         kernel = self.kernels[job.age].release
         try:
-            command = [
-                "python",
-                "-m",
-                "pytest",
-                "-p",
-                "no:cacheprovider",
-                "-o",
-                "timeout=400",
-                "-o",
-                "faulthandler_timeout=390",
-            ]
-            boot = self.boot(
-                job,
-                [
-                    "bash",
-                    "-c",
-                    f"{shlex.join([*command, *job.arguments, *arguments])} --junitxml $PENSTOCK_RIG_SHARED/junit.xml",
-                ],
-            )
+            words = shlex.join([*_PYTEST, *job.arguments, *arguments])
+            boot = self.boot(job, ["bash", "-c", f"{words} --junitxml $PENSTOCK_RIG_SHARED/junit.xml"])
             status = boot.wait(job.timeout_s)
             (boot.directory.parent / "disk").unlink()
             print(boot.tail(400 if status else 12), flush=True)

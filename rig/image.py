@@ -102,9 +102,8 @@ def _with_requirements(names: Iterable[str]) -> Iterator[Distribution]:
         except PackageNotFoundError:
             continue  # for another platform, or an extra
         yield found
-        for requirement in found.requires or ():
-            if "extra ==" not in requirement:
-                waiting.append(re.split(r"[^A-Za-z0-9._-]", requirement, maxsplit=1)[0])
+        needed = [requirement for requirement in found.requires or () if "extra ==" not in requirement]
+        waiting += [re.split(r"[^A-Za-z0-9._-]", requirement, maxsplit=1)[0] for requirement in needed]
 
 
 def _files(distributions: Iterable[Distribution], site: Path) -> Iterator[Path]:

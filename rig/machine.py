@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
@@ -131,10 +132,8 @@ class Boot:
 
     def kill(self) -> None:
         """Cut its power: the emulator is killed wherever it is."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self._popen.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self._popen.wait()
         self._close()
 
@@ -195,7 +194,7 @@ class Boot:
         ]
         values = {
             "HOME": "/run/home",
-            "TMPDIR": "/run/disk/tmp" if self.machine.disk else "/tmp",
+            "TMPDIR": "/run/disk/tmp" if self.machine.disk else "/run",
             "PATH": f"{Path(sys.executable).parent}:/usr/sbin:/usr/bin:/sbin:/bin",
             "PYTHONDONTWRITEBYTECODE": "1",
             "OPENBLAS_NUM_THREADS": "1",

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.pagecache.topology import UUIDS, make_amd, make_ascend, make_nvidia, write
 
 from penstock.pagecache.placement import (
     accelerator_of,
@@ -17,74 +18,20 @@ from penstock.pagecache.placement import (
     worker_rank,
 )
 
-INFORMATION = """\
-Model: \t\t NVIDIA H100 80GB HBM3
-IRQ:   \t\t 18
-GPU UUID: \t {uuid}
-Video BIOS: \t 96.00.74.00.1a
-Bus Type: \t PCIe
-Bus Location: \t {address}
-Device Minor: \t {minor}
-GPU Excluded:\t No
-"""
-UUIDS = [
-    "GPU-11111111-aaaa-0000-0000-000000000000",
-    "GPU-22222222-bbbb-0000-0000-000000000000",
-    "GPU-2222cccc-dddd-0000-0000-000000000000",
-]
-
-
-def write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text + "\n")
-
-
-def pci(root: Path, address: str, node: int, vendor: str, kind: str) -> Path:
-    function = root / "sys/devices/pci0000:00" / address
-    for name, text in (("numa_node", str(node)), ("vendor", vendor), ("class", kind)):
-        write(function / name, text)
-    link = root / "sys/bus/pci/devices" / address
-    link.parent.mkdir(parents=True, exist_ok=True)
-    link.symlink_to(function)
-    return function
-
 
 @pytest.fixture
 def nvidia(tmp_path: Path) -> Path:
-    """Minor numbers that do not follow the PCI order."""
-    places = [("0000:3b:00.0", 2, 0), ("0000:86:00.0", 0, 1), ("0000:af:00.0", 1, 1)]
-    for uuid, (address, minor, node) in zip(UUIDS, places, strict=True):
-        pci(tmp_path, address, node, "0x10de", "0x030200")
-        text = INFORMATION.format(uuid=uuid, address=address, minor=minor)
-        write(tmp_path / f"proc/driver/nvidia/gpus/{address}/information", text.rstrip("\n"))
-    return tmp_path
+    return make_nvidia(tmp_path)
 
 
 @pytest.fixture
 def amd(tmp_path: Path) -> Path:
-    """Two GPUs that KFD numbers against the PCI order, and the CPU's node; another vendor's render node."""
-    for name, address, node, vendor in (
-        ("renderD128", "0000:03:00.0", 0, "0x1002"),
-        ("renderD129", "0000:c3:00.0", 1, "0x1002"),
-        ("renderD130", "0000:e3:00.0", 1, "0x8086"),
-    ):
-        function = pci(tmp_path, address, node, vendor, "0x038000")
-        directory = tmp_path / "sys/class/drm" / name
-        directory.mkdir(parents=True)
-        (directory / "device").symlink_to(function)
-    nodes = tmp_path / "sys/class/kfd/kfd/topology/nodes"
-    write(nodes / "0/properties", "cpu_cores_count 64\nsimd_count 0\ndrm_render_minor 0")
-    write(nodes / "1/properties", "simd_count 256\ndrm_render_minor 129\nunique_id 255")
-    write(nodes / "10/properties", "simd_count 256\ndrm_render_minor 128\nunique_id 4096")
-    return tmp_path
+    return make_amd(tmp_path)
 
 
 @pytest.fixture
 def ascend(tmp_path: Path) -> Path:
-    for address, node in (("0000:c1:00.0", 1), ("0000:01:00.0", 0), ("0000:81:00.0", 1)):
-        pci(tmp_path, address, node, "0x19e5", "0x120000")
-    pci(tmp_path, "0000:7d:00.0", 0, "0x19e5", "0x020000")  # Huawei's network card
-    return tmp_path
+    return make_ascend(tmp_path)
 
 
 class TestEnvironment:

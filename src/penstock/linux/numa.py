@@ -20,7 +20,8 @@ from penstock.linux.libc import syscall
 
 _ROOT = Path("/")
 _MAX_NODES = 1024  # MAX_NUMNODES of the largest kernel configuration
-_SET_MEMPOLICY, _GET_MEMPOLICY = (238, 239) if os.uname().machine == "x86_64" else (237, 236)
+_MBIND, _SET_MEMPOLICY, _GET_MEMPOLICY = (237, 238, 239) if os.uname().machine == "x86_64" else (235, 237, 236)
+_MPOL_MF_MOVE = 2
 _MODE_MASK = 0xFFF  # above it are MPOL_F_* flags
 
 
@@ -114,10 +115,7 @@ def set_memory_policy(mode: MemoryPolicy, nodes: Iterable[int] = ()) -> None:
     """
     wanted = sorted(set(nodes))
     _check_nodes(wanted, _ROOT)
-    mask = _Mask()
-    for node in wanted:
-        mask[node // 64] |= 1 << node % 64
-    _set_raw(mode, mask)
+    _set_raw(mode, _mask_of(wanted))
 
 
 def get_memory_policy() -> tuple[MemoryPolicy, frozenset[int]]:
@@ -169,7 +167,31 @@ def bound_to(node: int, mode: MemoryPolicy = MemoryPolicy.PREFERRED) -> Iterator
             _set_raw(*policy)
 
 
+def move_pages_to(node: int, address: int, length: int) -> None:
+    """Move the pages mapped at ``[address, address + length)`` of this process to a node, those of a file included.
+
+    Those that another process maps too stay where they are, and nothing is read: it is a copy in memory.
+
+    Raises:
+        ValueError: there is no such node.
+        OSError: EPERM in a container that filters the call, EIO where pages could not be moved, ENOSYS without NUMA.
+    """
+    _check_nodes([node], _ROOT)
+    mask = _mask_of([node])
+    syscall(
+        _MBIND, "mbind", address, length, int(MemoryPolicy.PREFERRED), ctypes.addressof(mask), _MAX_NODES + 1,
+        _MPOL_MF_MOVE,
+    )  # fmt: skip
+
+
 _Mask = ctypes.c_uint64 * (_MAX_NODES // 64)
+
+
+def _mask_of(wanted: Iterable[int]) -> ctypes.Array[ctypes.c_uint64]:
+    mask = _Mask()
+    for node in wanted:
+        mask[node // 64] |= 1 << node % 64
+    return mask
 
 
 def _set_raw(mode: int, mask: ctypes.Array[ctypes.c_uint64]) -> None:

@@ -15,6 +15,7 @@ from array import array
 from collections.abc import Sequence
 
 from penstock.linux.libc import function
+from penstock.linux.numa import move_pages_to
 
 PAGE_BYTES = mmap.PAGESIZE
 IOV_MAX = 1024
@@ -63,6 +64,14 @@ class FileWindow:
             except InterruptedError:
                 continue
             return
+
+    def move_to(self, node: int) -> None:
+        """Have its pages on a NUMA node: those that are mapped here (populate it first) and by nobody else.
+
+        Raises:
+            OSError: see `penstock.linux.numa.move_pages_to`.
+        """
+        move_pages_to(node, self._address, self._length)
 
     def touch(self, sink: int, start: int = 0, stop: int | None = None) -> None:
         """Have the CPU read one byte of every page, by writing those bytes into a scratch file.

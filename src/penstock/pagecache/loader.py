@@ -64,6 +64,7 @@ class Loader:
         self._closing = False
         self._interruptions = 0
         self._method = "populate"
+        self._may_move = True  # cached pages, from one NUMA node to another
         self._toucher = Toucher(ledger)
         self._warnings: list[str] = []
         self._threads = [
@@ -124,6 +125,7 @@ class Loader:
     def _work(self) -> None:
         scratch = mmap.mmap(-1, _SCRATCH_BYTES)
         node: int | None = None
+        cpus = os.sched_getaffinity(0)
         while True:
             with self._condition:
                 chunk = self._next_chunk()
@@ -137,9 +139,10 @@ class Loader:
             try:
                 wanted = None if worker is None else self._node_of_worker(worker)
                 if wanted is not None and wanted != node:
+                    os.sched_setaffinity(0, cpus)  # a node's CPUs are none of another's
                     numa.bind_thread(wanted)
                     node = wanted
-                self._load(record, start, stop, scratch)
+                self._load(record, start, stop, wanted, scratch)
             except OSError as error:
                 self._give_up(record, start, stop, error)
             finally:
@@ -188,11 +191,11 @@ class Loader:
     def _drop_queued(self, request: Prefetch) -> None:
         self._queue = deque(queued for queued in self._queue if queued.file != request.file)
 
-    def _load(self, record: FileRecord, start: int, stop: int, scratch: mmap.mmap) -> None:
+    def _load(self, record: FileRecord, start: int, stop: int, node: int | None, scratch: mmap.mmap) -> None:
         # Asking costs nothing where the answer is exact; sampling reads pages in, and populating what is cached
         # already is as cheap.
         cached = record.residency.resident_bytes(start, stop) if record.residency.exact else 0
-        if cached >= stop - start:
+        if cached >= stop - start and (node is None or not self._may_move):
             self._ledger.settle(record, start, stop, 0)
             return
         if self._method == "populate":
@@ -200,6 +203,8 @@ class Loader:
             try:
                 with FileWindow(record.fd, first, stop) as window:
                     window.populate()
+                    if node is not None and self._may_move:
+                        self._move(window, node)
                     self._toucher.offer(window, record, first, stop)
             except OSError as error:
                 if error.errno not in (errno.EINVAL, errno.ENODEV, errno.ENOSYS):
@@ -209,6 +214,16 @@ class Loader:
         if self._method == "pread":
             self._read(record, start, stop, scratch)
         self._ledger.settle(record, start, stop, stop - start - cached)
+
+    def _move(self, window: FileWindow, node: int) -> None:
+        """What was cached already may lie on another node: a copy in memory is quicker than reading it again."""
+        try:
+            window.move_to(node)
+        except OSError as error:
+            if error.errno in (errno.EPERM, errno.EACCES, errno.ENOSYS):
+                self._may_move = False
+                with self._condition:
+                    self._warn(f"what is cached on another NUMA node stays there: {error}")
 
     def _read(self, record: FileRecord, start: int, stop: int, scratch: mmap.mmap) -> None:
         view = memoryview(scratch)

@@ -168,6 +168,8 @@ class Session:
         """Nothing is to be prefetched: only to be observed, or all of it is cached."""
         if self.mode != "replay":
             return self.mode == "observe"
+        if len(numa.nodes()) > 1:  # what is cached may lie on the wrong node
+            return False
         return all(self._is_found_cached(file) for file in self._files_to_be_read())
 
     def _is_found_cached(self, file: ModelFile) -> bool:
