@@ -206,6 +206,7 @@ def test_pages_are_read_by_threads_on_the_workers_node(
 ) -> None:
     bound: list[int] = []
     monkeypatch.setattr(numa, "bind_thread", bound.append)  # this machine may have one node only
+    monkeypatch.setattr(FileWindow, "move_to", lambda *_: None)
     loader = Loader(ledger, {0: 0, 1: 1}.get, threads=1)
     try:
         loader.submit([Prefetch(file, start * MiB, (start + 8) * MiB, start // 8 % 2) for start in (0, 8, 24)])

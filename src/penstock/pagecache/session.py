@@ -245,7 +245,8 @@ class Session:
 
     def _node_finder(self) -> Callable[[int], int | None]:
         """Worker number → NUMA node of its accelerator; None for all where there is but one node."""
-        if len(numa.nodes()) < 2:
+        there = numa.nodes()
+        if len(there) < 2:
             return lambda _: None
         known: dict[int, int | None] = {}
 
@@ -253,14 +254,16 @@ class Session:
             if known.get(worker) is None:
                 pid = next((pid for pid, number in self._recorder.pids.items() if number == worker), None)
                 try:
-                    if pid is not None:
-                        known[worker] = worker_node(pid)
-                    else:  # not started yet: the devices are given out in order
+                    if pid is None:  # not started yet: the devices are given out in order
                         guess = accelerator_of({**self._environment, "LOCAL_RANK": str(worker)}, [])
-                        return guess.node() if guess else None
+                        return online(guess.node() if guess else None)
+                    known[worker] = online(worker_node(pid))
                 except (OSError, ProcessLookupError):
                     known[worker] = None
             return known[worker]
+
+        def online(found: int | None) -> int | None:  # firmware may name one that has no memory
+            return found if found in there else None
 
         return node
 
