@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: help demo test check bench docs clean
+.PHONY: help demo test check bench rig docs clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -20,6 +20,7 @@ help:
 	@echo 'make test    run all tests                   (ARGS="-k loader" for some)'
 	@echo 'make check   ruff and mypy'
 	@echo 'make bench   measure, in a short suite       (BENCH_ARGS="--size 6GiB --suite all" for all of it)'
+	@echo 'make rig     NUMA nodes, NVMe drives, older kernels and power cuts, in virtual machines, in ten minutes'
 	@echo 'make docs    generate docs/cli.md'
 	@echo 'make clean   remove .venv and all that tools have left'
 
@@ -38,6 +39,10 @@ check: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m bench.page_cache $(BENCH_ARGS)
+
+# As root, for the packages that are missing and to mount what a power cut left.
+rig: $(VENV)/.installed-rig
+	$(BIN)/python -m rig $(ARGS)
 
 docs: $(VENV)/.installed
 	$(BIN)/python docs/generate_cli.py
@@ -59,6 +64,10 @@ $(VENV)/.installed-dev: pyproject.toml $(VENV)/.made
 	$(PIP) install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) '$(TORCH)'
 	$(PIP) install --quiet --editable '.[bench]' --group dev
 	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-rig: pyproject.toml $(VENV)/.installed-dev
+	$(PIP) install --quiet --group rig
+	@touch $@
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist demo bench/out

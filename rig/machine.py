@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from penstock.units import MiB
@@ -21,7 +21,6 @@ from rig.errors import RigError
 from rig.image import REPOSITORY
 from rig.provision import Kernel, tool
 
-MEMORY_MIB = 2048
 _BOOT_S = 120  # until the machine says that it runs
 
 
@@ -59,6 +58,8 @@ class Machine:
         nodes: NUMA nodes, each with one CPU and its share of memory.
         drives: in the order of their serial numbers, ``rig0`` and so on.
         disk: an ext4 file system for temporary files, kept afterwards.
+        log: where all that the disk is told is written down; see `rig.writelog`.
+        memory_mib: in all.
     """
 
     kernel: Kernel
@@ -67,7 +68,8 @@ class Machine:
     nodes: int = 2
     drives: tuple[Drive, ...] = ()
     disk: Path | None = None
-    append: tuple[str, ...] = field(default=())
+    log: Path | None = None
+    memory_mib: int = 2048
 
 
 class Boot:
@@ -121,14 +123,10 @@ class Boot:
         except (OSError, ValueError):
             raise RigError(f"the machine ended before its command did:\n{self.tail()}") from None
 
-    def wait_for(self, name: str, timeout_s: float) -> bool:
-        """Wait for a file in the shared directory; False where the machine ended or the time ran out."""
-        deadline = time.monotonic() + timeout_s
-        while not (self.shared / name).exists():
-            if self._popen.poll() is not None or time.monotonic() > deadline:
-                return False
-            time.sleep(0.02)
-        return True
+    @property
+    def is_running(self) -> bool:
+        """The emulator has not ended."""
+        return self._popen.poll() is None
 
     def kill(self) -> None:
         """Cut its power: the emulator is killed wherever it is."""
@@ -160,20 +158,27 @@ class Boot:
     def _command(self, script: Path) -> list[str]:
         machine = self.machine
         command = [str(Path(sys.executable).with_name("vng")), "--run", str(machine.kernel.image)]
-        command += ["--force-9p", "--disable-kvm", "--cpus", str(machine.nodes), "--memory", f"{MEMORY_MIB}M"]
-        for node in range(machine.nodes):
-            command += ["--numa", f"{MEMORY_MIB // machine.nodes}M,cpus={node}"]
-        command += [f"--rwdir={self.shared}", *(f"--append={word}" for word in machine.append)]
+        command += ["--force-9p", "--disable-kvm", "--cpus", str(machine.nodes), "--memory", f"{machine.memory_mib}M"]
+        if machine.nodes > 1:
+            for node in range(machine.nodes):
+                command += ["--numa", f"{machine.memory_mib // machine.nodes}M,cpus={node}"]
+        command += [f"--rwdir={self.shared}"]
         command += ["--qemu", tool("qemu-system-x86_64"), f"--qemu-opts={shlex.join(self._options())}"]
         return [*command, "--exec", f"bash {shlex.quote(str(script))}"]
 
     def _options(self) -> list[str]:
-        words = []
-        disks = [("image", self.machine.image, "on")]
+        words = ["-drive", f"file={self.machine.image},if=none,id=image,format=raw,readonly=on"]
+        disks = ["image"]
         if self.machine.disk is not None:
-            disks.append(("disk", self.machine.disk, "off"))
-        for name, path, read_only in disks:
-            words += ["-drive", f"file={path},if=none,id={name},format=raw,readonly={read_only}"]
+            disks.append("disk")
+            last = "node-name=disk"
+            if self.machine.log is not None:
+                self.machine.log.touch()
+                words += ["-blockdev", f"driver=file,node-name=log,filename={self.machine.log}"]
+                words += ["-blockdev", "driver=blklogwrites,node-name=disk,file=under,log=log,log-sector-size=512"]
+                last = "node-name=under"
+            words = ["-blockdev", f"driver=file,{last},filename={self.machine.disk}", *words]
+        for name in disks:
             words += ["-device", f"virtio-blk-pci,drive={name},serial={name}"]
         for number, drive in enumerate(self.machine.drives):
             path = self.directory / f"drive{number}"
@@ -184,7 +189,9 @@ class Boot:
             size = f"logical_block_size={drive.lba_bytes},physical_block_size={drive.lba_bytes}"
             words += ["-device", f"nvme-ns,drive=d{number},bus=c{number},{size}"]
         if self.machine.drives:
-            words += ["-trace", "pci_nvme_read", "-trace", "pci_nvme_write", "-D", str(self.directory / "trace")]
+            for event in ("read", "write", "err_mdts"):
+                words += ["-trace", f"pci_nvme_{event}"]
+            words += ["-D", str(self.directory / "trace")]
         return words
 
     def _script(self, command: list[str], environment: dict[str, str]) -> str:

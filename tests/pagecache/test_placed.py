@@ -186,6 +186,7 @@ def test_pages_lie_on_the_node_of_the_workers_accelerator(
     ledger: Ledger,
     tmp_path: Path,
     device_files: Callable[[str], str],
+    record_property: Callable[[str, object], None],
     vendor: str,
     way: str,
 ) -> None:
@@ -199,14 +200,20 @@ def test_pages_lie_on_the_node_of_the_workers_accelerator(
         assert [worker_node(pid, root) for pid in pids] == [0, 1]
         prefetch_for(files, lambda worker: worker_node(pids[worker], root), ledger=ledger)
     assert ledger.totals().prefetched_bytes == 2 * SIZE_BYTES
-    assert share_on(files[0], 0) >= 0.99
-    assert share_on(files[1], 1) >= 0.99
+    shares = [share_on(path, node) for node, path in enumerate(files)]
+    for node, share in enumerate(shares):
+        record_property(f"share of the pages prefetched for a worker on node {node} that lie there", share)
+    assert min(shares) >= 0.99
 
 
-def test_without_placement_they_do_not(files: list[Path], ledger: Ledger) -> None:
+def test_without_placement_they_do_not(
+    files: list[Path], ledger: Ledger, record_property: Callable[[str, object], None]
+) -> None:
     with numa.bound_to(0):  # threads begin where the one that makes them is
         prefetch_for(files, lambda _: None, ledger=ledger)
-    assert share_on(files[1], 1) < 0.99
+    share = share_on(files[1], 1)
+    record_property("the same without placement, node 1", share)
+    assert share < 0.99
 
 
 def test_what_is_cached_on_the_wrong_node_is_moved(files: list[Path], ledger: Ledger) -> None:
