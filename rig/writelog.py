@@ -79,12 +79,12 @@ def disk_after_cut(
         path: of the new disk.
     """
     shutil.copyfile(before, path)
-    safe = max((number for number, entry in enumerate(entries[:count]) if entry.is_flush), default=0)
+    safe = max((number for number, entry in enumerate(entries[:count]) if entry.is_flush), default=-1)
     lost = 0
     with path.open("r+b", buffering=0) as disk, log.open("rb") as data:
         for number, entry in enumerate(entries[:count]):
             keep = entry.length
-            if number > safe and not entry.flags & _FUA and (chance.random() < 0.5):
+            if number >= safe and not entry.flags & _FUA and (chance.random() < 0.5):
                 # Nothing of it, or only its first sectors.
                 keep = chance.randrange(0, entry.length // _SECTOR_BYTES + 1) * _SECTOR_BYTES * chance.randrange(2)
                 lost += keep < entry.length
