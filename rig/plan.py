@@ -42,5 +42,5 @@ def jobs() -> list[Job]:
     return [
         Job("page-cache", "old", (*_PAGE_CACHE, "-m", "not slow and not rig")),
         *(Job("nvme", age, ("tests/linux/test_nvme.py", "tests/storage/test_nvme.py"), _DRIVES) for age in ages),
-        *(Job("numa", age, ("tests/pagecache/test_placed.py", "tests/linux/test_cgroup2.py")) for age in ages),
+        *(Job("numa", age, ("tests/pagecache/test_placed.py",)) for age in ages),
     ]

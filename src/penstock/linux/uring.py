@@ -9,6 +9,8 @@ Facts:
   the next `io_uring_enter` that waits brings it in.
 - Registered buffers are pinned. Without CAP_IPC_LOCK they count against RLIMIT_MEMLOCK, which may be as little as
   64 KiB, and registering fails with ENOMEM; a buffer has 1 GiB at most.
+- Commands that are passed through to a driver (IORING_OP_URING_CMD) need entries of 128 bytes and completions of 32,
+  for the whole ring (Linux 5.19).
 - Seccomp profiles of container engines refuse `io_uring_setup` with EPERM or ENOSYS, kernel.io_uring_disabled does
   with EPERM.
 
@@ -32,39 +34,41 @@ from penstock.linux.libc import syscall
 _SETUP, _ENTER, _REGISTER = 425, 426, 427
 
 READ_FIXED, WRITE_FIXED, ASYNC_CANCEL, READ, WRITE = 4, 5, 14, 22, 23  # opcodes
+URING_CMD = 46
 FIXED_FILE, DRAIN = 1 << 0, 1 << 1  # of SQE flags
 CANCEL_ALL, CANCEL_ANY = 1 << 0, 1 << 2
 
 _SETUP_CQSIZE, _SETUP_CLAMP, _SETUP_SUBMIT_ALL = 1 << 3, 1 << 4, 1 << 7
+_BIG = 1 << 10 | 1 << 11  # IORING_SETUP_SQE128 and IORING_SETUP_CQE32
 _FEAT_SINGLE_MMAP, _FEAT_NODROP, _FEAT_EXT_ARG = 1 << 0, 1 << 1, 1 << 8
 _ENTER_GETEVENTS, _ENTER_EXT_ARG = 1 << 0, 1 << 3
+_REGISTER_PROBE, _OP_SUPPORTED, _OPCODES = 8, 1 << 0, 256
 _REGISTER_FILES, _REGISTER_FILES_UPDATE, _REGISTER_BUFFERS2, _REGISTER_BUFFERS_UPDATE = 2, 6, 15, 16
 _RSRC_SPARSE = 1 << 0
 _OFF_SQ_RING, _OFF_SQES = 0, 0x10000000
 
 LARGEST_BUFFER_BYTES = 1 << 30  # of a registered one
 
-SQE_DTYPE = np.dtype(
-    [
-        ("opcode", np.uint8),
-        ("flags", np.uint8),
-        ("ioprio", np.uint16),
-        ("fd", np.int32),
-        ("offset", np.uint64),
-        ("address", np.uint64),
-        ("length", np.uint32),
-        ("op_flags", np.uint32),  # rw_flags, cancel_flags, …
-        ("user_data", np.uint64),
-        ("buffer", np.uint16),
-        ("personality", np.uint16),
-        ("file_index", np.int32),
-        ("address3", np.uint64),
-        ("pad", np.uint64),
-    ]
-)  # struct io_uring_sqe
-CQE_DTYPE = np.dtype([("user_data", np.uint64), ("result", np.int32), ("flags", np.uint32)])  # struct io_uring_cqe
-Sqes: TypeAlias = NDArray[np.void]  # of SQE_DTYPE
-Cqes: TypeAlias = NDArray[np.void]  # of CQE_DTYPE
+SQE_HEAD = [
+    ("opcode", np.uint8),
+    ("flags", np.uint8),
+    ("ioprio", np.uint16),
+    ("fd", np.int32),
+    ("offset", np.uint64),  # of a command passed through: which
+    ("address", np.uint64),
+    ("length", np.uint32),
+    ("op_flags", np.uint32),  # rw_flags, cancel_flags, …
+    ("user_data", np.uint64),
+    ("buffer", np.uint16),
+    ("personality", np.uint16),
+    ("file_index", np.int32),
+]  # what all entries begin with, 48 bytes
+SQE_DTYPE = np.dtype([*SQE_HEAD, ("address3", np.uint64), ("pad", np.uint64)])  # struct io_uring_sqe
+_CQE_FIELDS = [("user_data", np.uint64), ("result", np.int32), ("flags", np.uint32)]
+CQE_DTYPE = np.dtype(_CQE_FIELDS)  # struct io_uring_cqe
+CQE32_DTYPE = np.dtype([*_CQE_FIELDS, ("result2", np.uint64), ("pad", np.uint64)])
+Sqes: TypeAlias = NDArray[np.void]  # of Ring.sqe_dtype
+Cqes: TypeAlias = NDArray[np.void]  # of Ring.cqe_dtype
 
 
 class _Offsets(ctypes.Structure):
@@ -148,6 +152,29 @@ class _FilesUpdate(ctypes.Structure):
     _fields_ = [("offset", ctypes.c_uint32), ("resv", ctypes.c_uint32), ("fds", ctypes.c_uint64)]
 
 
+class _ProbeOp(ctypes.Structure):
+    """struct io_uring_probe_op."""
+
+    _fields_ = [
+        ("op", ctypes.c_uint8),
+        ("resv", ctypes.c_uint8),
+        ("flags", ctypes.c_uint16),
+        ("resv2", ctypes.c_uint32),
+    ]
+
+
+class _Probe(ctypes.Structure):
+    """struct io_uring_probe."""
+
+    _fields_ = [
+        ("last_op", ctypes.c_uint8),
+        ("ops_len", ctypes.c_uint8),
+        ("resv", ctypes.c_uint16),
+        ("resv2", ctypes.c_uint32 * 3),
+        ("ops", _ProbeOp * _OPCODES),
+    ]
+
+
 class _Iovec(ctypes.Structure):
     _fields_ = [("base", ctypes.c_uint64), ("length", ctypes.c_uint64)]
 
@@ -158,15 +185,19 @@ class Ring:
     Args:
         entries: of the submission ring; a power of two.
         completions: of the completion ring; a power of two, at least entries.
+        sqe_dtype: of an entry, which begins as `SQE_HEAD` does and has 64 bytes, or 128; then completions have 32.
 
     Raises:
-        UnsupportedError: this kernel has no io_uring that can wait with a timeout (5.11), or it is not permitted here.
+        UnsupportedError: this kernel has no io_uring that can wait with a timeout (5.11), or it is not permitted here,
+            or it has no entries of 128 bytes (5.19).
         OSError: no descriptor or memory is left.
     """
 
-    def __init__(self, entries: int, completions: int) -> None:
+    def __init__(self, entries: int, completions: int, sqe_dtype: np.dtype[np.void] = SQE_DTYPE) -> None:
         self.fd = -1
-        self.fd, params = _setup(entries, completions)
+        self.sqe_dtype = sqe_dtype
+        self.cqe_dtype = CQE_DTYPE if sqe_dtype.itemsize == SQE_DTYPE.itemsize else CQE32_DTYPE
+        self.fd, params = _setup(entries, completions, 0 if self.cqe_dtype == CQE_DTYPE else _BIG)
         try:
             missing = (_FEAT_SINGLE_MMAP | _FEAT_NODROP | _FEAT_EXT_ARG) & ~params.features
             if missing:
@@ -178,18 +209,21 @@ class Ring:
 
     def _map(self, params: _Params) -> None:
         sq, cq = params.sq_off, params.cq_off
-        ring_bytes = max(sq.array_or_flags + 4 * params.sq_entries, cq.dropped_or_cqes + 16 * params.cq_entries)
+        cqes_bytes = self.cqe_dtype.itemsize * params.cq_entries
+        ring_bytes = max(sq.array_or_flags + 4 * params.sq_entries, cq.dropped_or_cqes + cqes_bytes)
         flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
         self._ring = mmap.mmap(self.fd, ring_bytes, flags=flags, offset=_OFF_SQ_RING)
-        self._entries = mmap.mmap(self.fd, 64 * params.sq_entries, flags=flags, offset=_OFF_SQES)
+        self._entries = mmap.mmap(
+            self.fd, self.sqe_dtype.itemsize * params.sq_entries, flags=flags, offset=_OFF_SQES
+        )
         self.entries: int = params.sq_entries
         self.completions: int = params.cq_entries
         self._sq_head = self._word(sq.head)
         self._sq_tail = self._word(sq.tail)
         self._cq_head = self._word(cq.head)
         self._cq_tail = self._word(cq.tail)
-        self._sqes = np.frombuffer(self._entries, SQE_DTYPE, self.entries)
-        self._cqes = np.frombuffer(self._ring, CQE_DTYPE, self.completions, cq.dropped_or_cqes)
+        self._sqes = np.frombuffer(self._entries, self.sqe_dtype, self.entries)
+        self._cqes = np.frombuffer(self._ring, self.cqe_dtype, self.completions, cq.dropped_or_cqes)
         # Entry number n of the ring is always SQE number n.
         np.frombuffer(self._ring, np.uint32, self.entries, sq.array_or_flags)[:] = np.arange(self.entries)
 
@@ -261,6 +295,12 @@ class Ring:
         self._cq_head[0] = tail
         return taken
 
+    def supports(self, opcode: int) -> bool:
+        """Whether this kernel knows an opcode."""
+        probe = _Probe()
+        self._register(_REGISTER_PROBE, ctypes.pointer(probe), _OPCODES)
+        return bool(probe.ops[opcode].flags & _OP_SUPPORTED)
+
     def register_files(self, slots: int) -> None:
         """Make a table of that many descriptors, all empty.
 
@@ -321,8 +361,8 @@ class Ring:
         self.close()
 
 
-def _setup(entries: int, completions: int) -> tuple[int, _Params]:
-    wanted = _SETUP_CQSIZE | _SETUP_CLAMP
+def _setup(entries: int, completions: int, more_flags: int) -> tuple[int, _Params]:
+    wanted = _SETUP_CQSIZE | _SETUP_CLAMP | more_flags
     for flags in (wanted | _SETUP_SUBMIT_ALL, wanted):  # a bad request is not to stop those behind it (Linux 5.18)
         params = _Params(cq_entries=completions, flags=flags)
         try:

@@ -61,10 +61,11 @@ class UringEngine(Engine):
     """
 
     name = "uring"
+    _sqe_dtype = SQE_DTYPE
 
     def __init__(self, depth: int = DEPTH, *, register_buffers: bool = True) -> None:
         super().__init__()
-        self._ring = Ring(depth, 2 * depth)
+        self._ring = Ring(depth, 2 * depth, self._sqe_dtype)
         self._lock = threading.Condition()
         self._backlog: deque[Requests] = deque()
         self._ready: list[Completions] = []
@@ -134,7 +135,7 @@ class UringEngine(Engine):
         if self._free_count == len(self._slots):
             return
         self._is_cancelling = True
-        entry = np.zeros(1, SQE_DTYPE)
+        entry = np.zeros(1, self._sqe_dtype)
         entry["opcode"] = uring.ASYNC_CANCEL
         entry["op_flags"] = uring.CANCEL_ALL | uring.CANCEL_ANY
         entry["user_data"] = _NO_SLOT
@@ -162,7 +163,7 @@ class UringEngine(Engine):
     def _wait_for_kernel(self) -> None:
         """Until it has nothing of ours: told by an entry that it begins only when all before it are done."""
         self._ring.retract()
-        entry = np.zeros(1, SQE_DTYPE)  # opcode 0: NOP
+        entry = np.zeros(1, self._sqe_dtype)  # opcode 0: NOP
         entry["flags"] = uring.DRAIN
         entry["user_data"] = _LAST
         self._ring.push(entry)
@@ -180,8 +181,12 @@ class UringEngine(Engine):
         with self._lock:
             self._check_open()
             self._pending += len(requests)
-            self._backlog.append(requests)
+            self._backlog.append(self._prepared(requests))
             self._pump()
+
+    def _prepared(self, requests: Requests) -> Requests:
+        """What the kernel is given for them, one entry each. Needs the lock."""
+        return requests
 
     def _wait(self, count: int, timeout_s: float | None) -> Completions:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
@@ -302,7 +307,7 @@ class UringEngine(Engine):
         if slots.min() < 0:  # a cancellation, or the last of all
             entries = entries[slots >= 0]
             slots = entries["user_data"].view(np.int64)
-        moved = entries["result"].astype(np.int64)
+        moved = self._moved(entries, slots)
         finished = self._slots[slots]
         finished["result"] = self._resumed[slots] + moved
         is_whole = (moved >= 0) & (finished["result"] >= finished["length"])
@@ -317,6 +322,10 @@ class UringEngine(Engine):
             finished, slots = finished[is_done], slots[is_done]
         self._finish(finished)
         self._give_back(slots)
+
+    def _moved(self, entries: Cqes, slots: NDArray[np.int64]) -> NDArray[np.int64]:  # noqa: ARG002
+        """Bytes that each completion tells of, or −errno."""
+        return entries["result"].astype(np.int64)
 
     def _give_back(self, slots: NDArray[np.int64]) -> None:
         self._free[self._free_count : self._free_count + len(slots)] = slots

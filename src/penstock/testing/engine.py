@@ -7,6 +7,9 @@
             return Mine()
 
 Contents are compared with what plain `read` and `write` say, never with what an engine says.
+
+What is read and written is a file, or for engines that have none a stretch of something that ends where it ends: then
+`set_up`, `open` and `read_back` are to be written anew, and the attributes say what holds of it.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from penstock.storage.base import BLOCK_BYTES, READ, WRITE, Completions, Engine, Requests, batch
 from penstock.storage.buffers import huge_buffer
@@ -31,10 +34,6 @@ from penstock.units import KiB, MiB
 
 SIZE_BYTES = 4 * MiB + 5  # ends within a block
 _PATIENCE_S = 60.0
-
-
-def _open(path: Path, flags: int) -> int:
-    return os.open(path, flags | os.O_CLOEXEC)
 
 
 def _drain(engine: Engine) -> Completions:
@@ -48,7 +47,17 @@ def _drain(engine: Engine) -> Completions:
 
 
 class EngineTests:
-    """Derive from it, and say how an engine is made."""
+    """Derive from it, and say how an engine is made.
+
+    Attributes:
+        start_bytes: where the file's first byte is in what an engine counts, a multiple of whatever has to be aligned.
+        size_bytes: of the file from there on.
+        ways: flags to open it with beside O_RDONLY or O_RDWR.
+    """
+
+    start_bytes: int = 0
+    size_bytes: int = SIZE_BYTES
+    ways: tuple[int, ...] = (0, os.O_DIRECT)
 
     def make_engine(self) -> Engine:
         """A new engine."""
@@ -60,7 +69,7 @@ class EngineTests:
 
     def set_up(self, directory: Path) -> tuple[Path, bytes]:
         """A file with known contents, on the disk and not in the page cache."""
-        contents = random.Random(SIZE_BYTES).randbytes(SIZE_BYTES)  # noqa: S311 (no secret)
+        contents = self.make_contents()
         path = directory / "file"
         with path.open("wb") as file:
             file.write(contents)
@@ -69,43 +78,62 @@ class EngineTests:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         return path, contents
 
+    def make_contents(self) -> bytes:
+        """What the file is to hold; always the same."""
+        return random.Random(self.size_bytes).randbytes(self.size_bytes)  # noqa: S311 (no secret)
+
+    def open(self, path: Path, flags: int) -> int:
+        """What an engine is given of the file."""
+        return os.open(path, flags | os.O_CLOEXEC)
+
+    def read_back(self, path: Path) -> bytes:
+        """What the file holds, by other means than an engine's."""
+        return path.read_bytes()
+
     @contextlib.contextmanager
     def engine_on(
-        self, path: Path, flags: int, buffer_bytes: int = SIZE_BYTES + BLOCK_BYTES
+        self, path: Path, flags: int, buffer_bytes: int = 0
     ) -> Iterator[tuple[Engine, NDArray[np.uint8], int, int]]:
-        """An engine that knows the file, opened so, and a buffer: (engine, memory, number of file, of buffer)."""
+        """An engine that knows the file, opened so, and a buffer: (engine, memory, number of file, of buffer).
+
+        The buffer has a block more than the file, unless its size is given.
+        """
         import pytest
 
         try:
-            fd = _open(path, flags)
+            fd = self.open(path, flags)
         except OSError as error:
             if flags & os.O_DIRECT and error.errno == errno.EINVAL:
                 pytest.skip(f"{path} is on a file system without O_DIRECT")
             raise
         try:
-            memory = np.frombuffer(huge_buffer(buffer_bytes), np.uint8)
+            memory = np.frombuffer(huge_buffer(buffer_bytes or self.size_bytes + BLOCK_BYTES), np.uint8)
             with self.make_engine() as engine:
                 yield engine, memory, engine.add_file(fd), engine.add_buffer(memory)
         finally:
             os.close(fd)
 
+    def batch(self, operation: int, *, offset: ArrayLike, **fields: ArrayLike) -> Requests:
+        """Requests, their offsets from the file's first byte."""
+        return batch(operation, offset=np.asarray(offset, np.int64) + self.start_bytes, **fields)
+
     def everything(self, file: int, buffer: int, chunk_bytes: int, operation: int = READ) -> Requests:
         """The whole file in chunks, in no order; the last one reaches beyond its end."""
-        offset = np.random.default_rng(chunk_bytes).permutation(np.arange(0, SIZE_BYTES, chunk_bytes))
-        length = np.minimum(chunk_bytes, -(-(SIZE_BYTES - offset) // BLOCK_BYTES) * BLOCK_BYTES)
-        return batch(operation, file=file, offset=offset, length=length, buffer=buffer, buffer_offset=offset)
+        offset = np.random.default_rng(chunk_bytes).permutation(np.arange(0, self.size_bytes, chunk_bytes))
+        length = np.minimum(chunk_bytes, -(-(self.size_bytes - offset) // BLOCK_BYTES) * BLOCK_BYTES)
+        return self.batch(operation, file=file, offset=offset, length=length, buffer=buffer, buffer_offset=offset)
 
     def check_read(self, done: Completions, memory: NDArray[np.uint8], contents: bytes) -> None:
         """Each whole, but for what lies beyond the end."""
-        wanted = np.minimum(done["length"], len(contents) - done["offset"])
+        wanted = np.minimum(done["length"], self.start_bytes + len(contents) - done["offset"])
         assert done["result"].tolist() == wanted.tolist()
         assert memory[: len(contents)].tobytes() == contents
 
     def test_reads(self, tmp_path: Path) -> None:
         path, contents = self.set_up(tmp_path)
-        for flags in (os.O_RDONLY, os.O_RDONLY | os.O_DIRECT):
+        for way in self.ways:
             for chunk_bytes in (BLOCK_BYTES, 24 * KiB, 1 * MiB, 8 * MiB):
-                with self.engine_on(path, flags) as (engine, memory, file, buffer):
+                with self.engine_on(path, os.O_RDONLY | way) as (engine, memory, file, buffer):
                     requests = self.everything(file, buffer, chunk_bytes)
                     engine.submit(requests)
                     done = _drain(engine)
@@ -113,34 +141,36 @@ class EngineTests:
                     assert sorted(done["token"].tolist()) == list(range(len(requests)))
                     statistics = engine.statistics()
                     assert (statistics.requests, statistics.failed) == (len(requests), 0)
-                    assert (statistics.bytes_read, statistics.bytes_written) == (SIZE_BYTES, 0)
+                    assert (statistics.bytes_read, statistics.bytes_written) == (self.size_bytes, 0)
                     assert statistics.engine == engine.name
 
     def test_writes(self, tmp_path: Path) -> None:
-        size_bytes = 4 * MiB
-        for flags in (os.O_RDWR, os.O_RDWR | os.O_DIRECT):
+        size_bytes = self.size_bytes // (64 * KiB) * (64 * KiB)
+        for way in self.ways:
             path, _ = self.set_up(tmp_path)
-            with self.engine_on(path, flags) as (engine, memory, file, buffer):
+            with self.engine_on(path, os.O_RDWR | way) as (engine, memory, file, buffer):
                 memory[:] = np.random.default_rng(1).integers(0, 256, len(memory), np.uint8)
                 offset = np.random.default_rng(2).permutation(np.arange(0, size_bytes, 64 * KiB))
                 # To the mirror image of where it lies in memory.
                 back = size_bytes - 64 * KiB - offset
                 engine.submit(
-                    batch(WRITE, file=file, offset=back, length=64 * KiB, buffer=buffer, buffer_offset=offset)
+                    self.batch(WRITE, file=file, offset=back, length=64 * KiB, buffer=buffer, buffer_offset=offset)
                 )
                 assert (_drain(engine)["result"] == 64 * KiB).all()
                 assert engine.statistics().bytes_written == size_bytes
                 expected = memory[:size_bytes].reshape(-1, 64 * KiB)[::-1].tobytes()
-            assert path.read_bytes()[:size_bytes] == expected
+            assert self.read_back(path)[:size_bytes] == expected
 
     def test_nothing_beside_the_target_is_touched(self, tmp_path: Path) -> None:
         path, contents = self.set_up(tmp_path)
-        for flags in (os.O_RDONLY, os.O_RDONLY | os.O_DIRECT):
-            with self.engine_on(path, flags) as (engine, memory, file, buffer):
+        for way in self.ways:
+            with self.engine_on(path, os.O_RDONLY | way) as (engine, memory, file, buffer):
                 memory[:] = 0xA5
                 offset = np.arange(0, 1 * MiB, 16 * KiB)
                 engine.submit(
-                    batch(READ, file=file, offset=offset, length=4 * KiB, buffer=buffer, buffer_offset=offset + 4 * KiB)
+                    self.batch(
+                        READ, file=file, offset=offset, length=4 * KiB, buffer=buffer, buffer_offset=offset + 4 * KiB
+                    )
                 )
                 assert (_drain(engine)["result"] == 4 * KiB).all()
                 expected = bytearray(b"\xa5" * len(memory))
@@ -151,18 +181,19 @@ class EngineTests:
     def test_any_bytes_of_a_file_that_is_read_through_the_cache(self, tmp_path: Path) -> None:
         path, contents = self.set_up(tmp_path)
         with self.engine_on(path, os.O_RDONLY) as (engine, memory, file, buffer):
-            engine.submit(batch(READ, file=file, offset=[13], length=[99_999], buffer=buffer, buffer_offset=[7]))
+            engine.submit(self.batch(READ, file=file, offset=[13], length=[99_999], buffer=buffer, buffer_offset=[7]))
             assert engine.wait(1)["result"].tolist() == [99_999]
             assert memory[7 : 7 + 99_999].tobytes() == contents[13 : 13 + 99_999]
 
     def test_the_end_of_a_file(self, tmp_path: Path) -> None:
         path, contents = self.set_up(tmp_path)
-        last = SIZE_BYTES // BLOCK_BYTES * BLOCK_BYTES
-        for flags in (os.O_RDONLY, os.O_RDONLY | os.O_DIRECT):
-            with self.engine_on(path, flags) as (engine, memory, file, buffer):
+        last = self.size_bytes // BLOCK_BYTES * BLOCK_BYTES
+        tail = self.size_bytes - last
+        for way in self.ways:
+            with self.engine_on(path, os.O_RDONLY | way) as (engine, memory, file, buffer):
                 offset = [last, last - BLOCK_BYTES, last + BLOCK_BYTES, last + 100 * BLOCK_BYTES]
                 engine.submit(
-                    batch(
+                    self.batch(
                         READ,
                         file=file,
                         offset=offset,
@@ -173,8 +204,8 @@ class EngineTests:
                 )
                 done = _drain(engine)
                 results = done["result"][np.argsort(done["token"])].tolist()
-                assert results == [5, BLOCK_BYTES + 5, 0, 0]
-                assert memory[:5].tobytes() == contents[last:]
+                assert results == [tail, BLOCK_BYTES + tail, 0, 0]
+                assert memory[:tail].tobytes() == contents[last:]
 
     def test_transfers_cut_short_go_on(self, tmp_path: Path) -> None:
         path, contents = self.set_up(tmp_path)
@@ -187,19 +218,21 @@ class EngineTests:
         with self.engine_on(path, os.O_RDWR) as (engine, memory, file, buffer):
             self.limit_transfers(engine, 7777)
             memory[: 256 * KiB] = 7
-            engine.submit(batch(WRITE, file=file, offset=[0], length=[256 * KiB], buffer=buffer, buffer_offset=[0]))
+            engine.submit(
+                self.batch(WRITE, file=file, offset=[0], length=[256 * KiB], buffer=buffer, buffer_offset=[0])
+            )
             assert engine.wait(1)["result"].tolist() == [256 * KiB]
-        assert path.read_bytes() == b"\x07" * (256 * KiB) + contents[256 * KiB :]
+        assert self.read_back(path) == b"\x07" * (256 * KiB) + contents[256 * KiB :]
 
     def test_transfers_that_fail(self, tmp_path: Path) -> None:
         path, contents = self.set_up(tmp_path)
         with self.engine_on(path, os.O_WRONLY) as (engine, memory, file, buffer):
-            reading = _open(path, os.O_RDONLY)
+            reading = self.open(path, os.O_RDONLY)
             try:
                 good = engine.add_file(reading)
                 files = [file, good, file, good]
                 engine.submit(
-                    batch(
+                    self.batch(
                         READ, file=files, offset=0, length=4 * KiB, buffer=buffer, buffer_offset=np.arange(4) * 4 * KiB
                     )
                 )
@@ -215,7 +248,9 @@ class EngineTests:
         path, _ = self.set_up(tmp_path)
         with self.engine_on(path, os.O_RDONLY | os.O_DIRECT) as (engine, _, file, buffer):
             engine.submit(
-                batch(READ, file=file, offset=[1, 0], length=[4 * KiB, 4095], buffer=buffer, buffer_offset=[0, 8 * KiB])
+                self.batch(
+                    READ, file=file, offset=[1, 0], length=[4 * KiB, 4095], buffer=buffer, buffer_offset=[0, 8 * KiB]
+                )
             )
             assert _drain(engine)["result"].tolist() == [-errno.EINVAL, -errno.EINVAL]
 
@@ -303,7 +338,8 @@ class EngineTests:
             assert is_cancelled.any()
             assert engine.statistics().failed == np.count_nonzero(is_cancelled)
             for part in done[~is_cancelled]:
-                start, stop = int(part["offset"]), int(part["offset"] + part["result"])
+                start = int(part["offset"]) - self.start_bytes
+                stop = start + int(part["result"])
                 assert memory[start:stop].tobytes() == contents[start:stop]
             engine.submit(self.everything(file, buffer, 1 * MiB))  # it goes on
             self.check_read(_drain(engine), memory, contents)
@@ -429,7 +465,7 @@ class EngineTests:
                 for number in (0, 99, -1):
                     with pytest.raises(ValueError, match="there is no"):
                         remove(number)
-            fd = _open(path, os.O_RDONLY)
+            fd = self.open(path, os.O_RDONLY)
             try:
                 for _ in range(300):  # more than any table holds at once
                     numbers = engine.add_file(fd), engine.add_buffer(memory)
@@ -443,7 +479,7 @@ class EngineTests:
                 offset = np.arange(300) * BLOCK_BYTES
                 number = engine.add_file(fd)
                 engine.submit(
-                    batch(READ, file=number, offset=offset, length=BLOCK_BYTES, buffer=several, buffer_offset=0)
+                    self.batch(READ, file=number, offset=offset, length=BLOCK_BYTES, buffer=several, buffer_offset=0)
                 )
                 assert (_drain(engine)["result"] == BLOCK_BYTES).all()
                 assert memory[: 300 * BLOCK_BYTES].tobytes() == contents[: 300 * BLOCK_BYTES]
