@@ -213,9 +213,7 @@ class Ring:
         ring_bytes = max(sq.array_or_flags + 4 * params.sq_entries, cq.dropped_or_cqes + cqes_bytes)
         flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
         self._ring = mmap.mmap(self.fd, ring_bytes, flags=flags, offset=_OFF_SQ_RING)
-        self._entries = mmap.mmap(
-            self.fd, self.sqe_dtype.itemsize * params.sq_entries, flags=flags, offset=_OFF_SQES
-        )
+        self._entries = mmap.mmap(self.fd, self.sqe_dtype.itemsize * params.sq_entries, flags=flags, offset=_OFF_SQES)
         self.entries: int = params.sq_entries
         self.completions: int = params.cq_entries
         self._sq_head = self._word(sq.head)
