@@ -204,6 +204,7 @@ class Boot:
             "TMPDIR": "/run/disk/tmp" if self.machine.disk else "/run",
             "PATH": f"{Path(sys.executable).parent}:/usr/sbin:/usr/bin:/sbin:/bin",
             "PYTHONDONTWRITEBYTECODE": "1",
+            "HYPOTHESIS_STORAGE_DIRECTORY": "/run/hypothesis",  # the checkout is read-only
             "OPENBLAS_NUM_THREADS": "1",
             "PENSTOCK_RIG": json.dumps({"nodes": self.machine.nodes, "drives": facts}),
             "PENSTOCK_RIG_SHARED": str(self.shared),

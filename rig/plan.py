@@ -41,6 +41,9 @@ def jobs() -> list[Job]:
     ages: tuple[Age, ...] = ("old", "new")
     return [
         Job("page-cache", "old", (*_PAGE_CACHE, "-m", "not slow and not rig")),
-        *(Job("nvme", age, ("tests/linux/test_nvme.py", "tests/storage/test_nvme.py"), _DRIVES) for age in ages),
+        *(
+            Job("nvme", age, ("tests/linux/test_nvme.py", "tests/storage/test_nvme.py", "-m", "rig"), _DRIVES)
+            for age in ages
+        ),
         *(Job("numa", age, ("tests/pagecache/test_placed.py",)) for age in ages),
     ]
