@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import subprocess
+import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +20,7 @@ from tests.drives import Drive, drives
 
 from penstock.errors import UnsupportedError
 from penstock.linux import nvme, uring
-from penstock.linux.uring import Sqes
+from penstock.linux.uring import Cqes, Sqes
 from penstock.storage.base import BLOCK_BYTES, READ, WRITE, batch, completed
 from penstock.storage.buffers import huge_buffer
 from penstock.storage.nvme import CommandLimits, NvmeEngine, _Wholes, command_limits, split
@@ -121,6 +124,24 @@ class _Noting(NvmeEngine):
         entries = super()._entries(slots)
         self.lengths += entries["command"]["length"].tolist()
         return entries
+
+
+class _Ailing(NvmeEngine):
+    """Its drive answers each command with a status, so many times, before it carries it out."""
+
+    def __init__(self, status: int, times: int) -> None:
+        super().__init__(8)
+        pop, came = self._ring.pop, Counter[int]()
+
+        def ailing_pop() -> Cqes:
+            taken = pop()
+            for index, slot in enumerate(taken["user_data"].tolist()):
+                came[slot] += 1
+                if came[slot] <= times:
+                    taken["result"][index] = status
+            return taken
+
+        self._ring.pop = ailing_pop  # type: ignore[method-assign]
 
 
 class _Misled(NvmeEngine):
@@ -308,6 +329,68 @@ class TestNvmeEngine(EngineTests):
                 assert memory[: 4 * KiB].tobytes() == contents[: 4 * KiB]
         finally:
             os.close(fd)
+
+    @pytest.mark.parametrize(
+        ("status", "times", "result", "words"),
+        [
+            (0x082, 5, 64 * KiB, ""),  # Namespace Not Ready
+            (0x281, 6, -errno.EIO, "Unrecovered Read Error"),
+            (0x281 | nvme.DO_NOT_RETRY, 1, -errno.EIO, "Unrecovered Read Error"),
+            (0x7C2 | nvme.DO_NOT_RETRY, 1, -errno.EIO, "status 0x7c2"),
+        ],
+    )
+    def test_what_the_drive_may_yet_do_is_tried_again(
+        self, tmp_path: Path, status: int, times: int, result: int, words: str
+    ) -> None:
+        path, contents = self.set_up(tmp_path)
+        fd = self.open(path, os.O_RDONLY)
+        try:
+            with _Ailing(status, times) as engine:
+                memory = np.frombuffer(huge_buffer(64 * KiB), np.uint8)
+                file, buffer = engine.add_file(fd), engine.add_buffer(memory)
+                engine.submit(
+                    self.batch(READ, file=file, offset=[0], length=[64 * KiB], buffer=buffer, buffer_offset=[0])
+                )
+                done = engine.wait(1)
+                assert done["result"].tolist() == [result]
+                if result < 0:
+                    assert engine.describe(done[0]) == words
+                else:
+                    assert memory.tobytes() == contents[: 64 * KiB]
+        finally:
+            os.close(fd)
+
+    def test_an_ordinary_user(self, tmp_path: Path, as_ordinary_user: list[str]) -> None:
+        """The kernel permits it to whoever may open the device, or to nobody but root; and that is said."""
+        path, contents = self.set_up(tmp_path)
+        code = (
+            "import sys\n"
+            "from penstock.errors import UnsupportedError\n"
+            "from penstock.storage.base import READ, batch\n"
+            "from penstock.storage.nvme import NvmeEngine\n"
+            "memory = bytearray(65536)\n"
+            "with open(sys.argv[1], 'rb', 0) as file, NvmeEngine() as engine:\n"
+            "    try:\n"
+            "        number, buffer = engine.add_file(file.fileno()), engine.add_buffer(memory)\n"
+            "    except UnsupportedError as error:\n"
+            "        sys.exit(str(error))\n"
+            "    at = int(sys.argv[2])\n"
+            "    engine.submit(batch(\n"
+            "        READ, file=number, offset=[at], length=65536, buffer=buffer, buffer_offset=[0]))\n"
+            "    print(engine.wait(1)['result'].tolist(), memory.hex())\n"
+        )
+        command = [*as_ordinary_user, sys.executable, "-c", code, str(path), str(self.start_bytes)]
+        mode = path.stat().st_mode
+        os.chmod(path, 0o644)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        finally:
+            os.chmod(path, mode)
+        if done.returncode:
+            assert "not permitted; before Linux 6.2 it needs CAP_SYS_ADMIN" in done.stderr
+            assert os.uname().release.startswith("6.1.")
+        else:
+            assert done.stdout == f"[65536] {contents[:65536].hex()}\n"
 
     def test_a_region_on_the_block_device_is_read_and_written_through_the_other(self, tmp_path: Path) -> None:
         device = self.drive.block_device

@@ -98,14 +98,16 @@ class _Wholes:
         self._left = np.zeros(0, np.int64)  # parts
         self._failed_at = np.zeros(0, np.int64)  # offset of the first part that failed
         self._error = np.zeros(0, np.int64)  # −errno of it
-        self._free = np.zeros(0, np.int64)
+        self._free = np.zeros(0, np.int64)  # the first `_free_count` are numbers that are free
+        self._free_count = 0
 
     def add(self, requests: Requests, counts: NDArray[np.int64]) -> NDArray[np.int64]:
         """Take requests with so many parts each; returns their numbers."""
-        missing = len(requests) - len(self._free)
+        missing = len(requests) - self._free_count
         if missing > 0:
             self._grow(max(missing, len(self._left)))
-        numbers, self._free = self._free[: len(requests)], self._free[len(requests) :]
+        self._free_count -= len(requests)
+        numbers = self._free[self._free_count : self._free_count + len(requests)].copy()
         self._requests[numbers] = completed(requests, 0)
         self._left[numbers] = counts
         self._failed_at[numbers] = np.iinfo(np.int64).max
@@ -119,12 +121,10 @@ class _Wholes:
             np.concatenate((values, np.zeros(count, np.int64)))
             for values in (self._left, self._failed_at, self._error)
         )  # fmt: skip
-        self._free = np.concatenate((self._free, np.arange(before, before + count)))
-
-    def request(self, number: int) -> np.void:
-        """One of them."""
-        whole: np.void = self._requests[number]
-        return whole
+        free = np.zeros(before + count, np.int64)
+        free[: self._free_count] = self._free[: self._free_count]
+        free[self._free_count : self._free_count + count] = np.arange(before, before + count)
+        self._free, self._free_count = free, self._free_count + count
 
     def fold(self, done: Completions) -> tuple[Completions, NDArray[np.int64]]:
         """Account for parts; returns the requests that are whole now, and what their numbers were."""
@@ -137,7 +137,8 @@ class _Wholes:
         ended = np.unique(numbers[self._left[numbers] == 0])
         wholes = self._requests[ended]
         wholes["result"] = np.where(self._error[ended] < 0, self._error[ended], wholes["result"])
-        self._free = np.concatenate((self._free, ended))
+        self._free[self._free_count : self._free_count + len(ended)] = ended
+        self._free_count += len(ended)
         return wholes, ended
 
     def _fail(self, parts: Completions, numbers: NDArray[np.int64]) -> None:
