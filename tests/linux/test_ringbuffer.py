@@ -37,12 +37,7 @@ RANGE = Format(
     {**COMMON, "i_ino": Field(8, 8), "s_dev": Field(16, 4), "index": Field(24, 8), "last_index": Field(32, 8)},
 )
 SINGLE = Format("single", 597, {**COMMON, "i_ino": Field(8, 8), "s_dev": Field(16, 4), "index": Field(24, 8)})
-FOLIO = Format(
-    "folio",
-    600,
-    {**COMMON, "i_ino": Field(16, 8), "index": Field(24, 8), "s_dev": Field(32, 4), "order": Field(36, 1)},
-)
-FORMATS = [RANGE, SINGLE, FOLIO]
+FORMATS = [RANGE, SINGLE]
 
 
 @dataclass(frozen=True)
@@ -59,21 +54,19 @@ class Event:
 
 
 def record(kind: int, thread: int, device: tuple[int, int], inode: int, index: int, more: int) -> bytes:
-    """A tracepoint's record as the formats above lay it out; more is the last index or the order."""
+    """A tracepoint's record as the formats above lay it out; more is the last index."""
     common = struct.pack("<HBBi", FORMATS[kind].identifier if kind < len(FORMATS) else 5, 1, 2, thread)
     number = device[0] << 20 | device[1]
-    if kind == 2:
-        return common + struct.pack("<QQQIBxxx", 0xFFFF_FFFF_FFFF_FFFF, inode, index, number, more)
     return common + struct.pack("<QIxxxxQ", inode, number, index) + (struct.pack("<Q", more) if kind == 0 else b"")
 
 
 def expected(kind: int, thread: int, device: tuple[int, int], inode: int, index: int, more: int) -> Event:
-    last = {0: max(index, more), 1: index, 2: index + (1 << more) - 1}[kind]
+    last = max(index, more) if kind == 0 else index
     return Event(0, thread, kind, os.makedev(*device), inode, index * PAGE, (last + 1) * PAGE)
 
 
 contents = st.tuples(
-    st.integers(0, 3),  # 3 is another tracepoint's
+    st.integers(0, 2),  # 2 is another tracepoint's
     st.integers(1, 2**22),
     st.tuples(st.integers(0, 4095), st.integers(0, 2**20 - 1)),
     st.integers(0, 2**63),
@@ -167,7 +160,7 @@ class TestByHand:
             assert (decoded.dtype, len(decoded)) == (EVENT_DTYPE, 0)
 
     def test_other_tracepoints_are_passed_over(self) -> None:
-        page, _ = build(0, [("data", 1, (3, 1, (8, 1), 2, 3, 4), False)], padded=False)
+        page, _ = build(0, [("data", 1, (2, 1, (8, 1), 2, 3, 4), False)], padded=False)
         assert len(decode_pages([page], FORMATS)) == 0
 
     def test_pages_in_any_order_give_events_in_the_order_of_their_times(self) -> None:

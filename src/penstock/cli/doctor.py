@@ -123,19 +123,19 @@ def _observer(tracing: list[Check], processes: list[Check], *, may_trace: bool) 
     """What `penstock run --observer auto` will use."""
     if may_trace and all(check.state == "ok" for check in tracing):
         return Check("observer", "ok", "tracefs: every read and every page fault, with its range")
-    by_proc = "/proc: pages of mappings as they are touched; of read() the positions and counts"
     if all(check.state == "missing" for check in processes):
-        if not may_trace or any(check.state == "missing" for check in tracing):
-            return Check("observer", "missing", "neither tracefs nor /proc", "`penstock warm` ahead of the start works")
-        by_proc = "nothing: /proc cannot be used"
-    if may_trace and all(check.state != "missing" for check in tracing):
-        return Check("observer", "degraded", "tracefs, of which only what misses the cache is seen", by_proc)
-    return Check("observer", "degraded", "no tracefs" if may_trace else "tracefs needs root", by_proc)
+        return Check("observer", "missing", "neither tracefs nor /proc", "`penstock warm` ahead of the start works")
+    why = "tracefs needs root"
+    if may_trace:
+        lacking = next(check for check in tracing if check.state != "ok")
+        why = f"not by tracefs ({lacking.name}: {lacking.detail})"
+    by_proc = "/proc: pages of mappings as they are touched; of read() the positions and counts"
+    return Check("observer", "degraded", why, by_proc)
 
 
 def _tracing() -> Iterator[Check]:
     from penstock.errors import UnsupportedError
-    from penstock.linux.tracefs import ACCESS_EVENTS, ADD, TraceFs
+    from penstock.linux.tracefs import ACCESS_EVENTS, TraceFs
 
     instead = "programs are observed through /proc"
     try:
@@ -146,22 +146,16 @@ def _tracing() -> Iterator[Check]:
     with contextlib.closing(tracefs):
         own = "mounted for this run only" if tracefs.source == "detached mount" else f"at {tracefs.source}"
         yield Check("tracefs", "ok", own)
-        there = tracefs.available_events((*ACCESS_EVENTS, ADD))
+        there = tracefs.available_events(ACCESS_EVENTS)
         for name in ACCESS_EVENTS:
             if name in there:
                 yield Check(f"tracepoint {name}", "ok", "there")
-            elif ADD in there:
-                yield Check(
-                    f"tracepoint {name}", "degraded", "not in this kernel", f"{ADD} is used: it sees what misses"
-                )
             else:
                 yield Check(f"tracepoint {name}", "missing", "not in this kernel", instead)
-        # All three, or what shows misses: as an observer would open it.
-        wanted = ACCESS_EVENTS if set(ACCESS_EVENTS) <= set(there) else tuple(e for e in there if e == ADD)
-        yield _trace_instance(tracefs, wanted, instead)
+        yield _trace_instance(tracefs, there, instead)
 
 
-def _trace_instance(tracefs: object, events: tuple[str, ...], instead: str) -> Check:
+def _trace_instance(tracefs: object, events: list[str], instead: str) -> Check:
     """Make an instance, see whether its process ids are ours, and remove it."""
     from penstock.errors import UnsupportedError
     from penstock.linux.tracefs import Instance, TraceFs

@@ -101,8 +101,6 @@ def _decode_records(
         low = words[row, at].astype(np.uint64)
         if field.size_bytes == 8:
             low |= words[row, at + 1].astype(np.uint64) << np.uint64(32)
-        elif field.size_bytes == 1:
-            low = low >> np.uint64(8 * (field.offset_bytes % 4)) & np.uint64(0xFF)
         return low.astype(np.int64)
 
     events = np.zeros(len(row), EVENT_DTYPE)
@@ -116,8 +114,6 @@ def _decode_records(
     if "last_index" in layout.fields:
         last = values("last_index")
         stop = np.maximum(last, start) + 1
-    elif "order" in layout.fields:
-        stop = start + (np.int64(1) << values("order"))
     else:
         stop = start + 1
     events["start"] = start * PAGE_BYTES

@@ -49,7 +49,6 @@ _RINGS_KIB = 96 << 10  # of all CPUs together
 READ = "mm_filemap_get_pages"
 FAULT = "mm_filemap_fault"
 MAP = "mm_filemap_map_pages"
-ADD = "mm_filemap_add_to_page_cache"
 ACCESS_EVENTS = (READ, FAULT, MAP)
 
 Page = tuple[bytes, bytes]  # of a ring: header (time stamp, commit) and the events' bytes
@@ -336,28 +335,20 @@ def records(data: bytes) -> Iterator[bytes]:
 def follow(pid: int, announce: Callable[[str], None] | None = None) -> Instance:
     """Record a process tree's page-cache accesses from now on, in an own instance.
 
-    Where the kernel lacks the access tracepoints (6.1 does), what is added to the page cache is recorded
-    instead: misses only.
-
     Args:
         pid: the root of the tree.
         announce: told the instance's name before it is made, so that someone can remove it if we are killed.
 
     Raises:
-        UnsupportedError: no tracefs, no tracepoints, or another pid namespace.
+        UnsupportedError: no tracefs, not all of the access tracepoints (6.1 has none), or another pid namespace.
         OSError: the kernel refused a step.
     """
     tracefs = TraceFs()
     try:
         remove_stale_instances(tracefs)
-        events = tracefs.available_events(ACCESS_EVENTS)
-        if len(events) < len(ACCESS_EVENTS):
-            events = tracefs.available_events([ADD])
-        if not events:
-            raise UnsupportedError("this kernel has no page-cache tracepoints")
         if announce is not None:
             announce(instance_name(os.getpid()))
-        instance = Instance(tracefs, events, pid, owns_tracefs=True)
+        instance = Instance(tracefs, ACCESS_EVENTS, pid, owns_tracefs=True)
         try:
             instance.start()
         except BaseException:

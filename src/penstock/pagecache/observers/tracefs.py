@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from penstock.errors import ObserverError, UnsupportedError
 from penstock.linux.ringbuffer import Events, decode_pages
-from penstock.linux.tracefs import ADD, Instance, follow
+from penstock.linux.tracefs import Instance, follow
 from penstock.pagecache.base import ModelFile
 from penstock.pagecache.evictor import MappedPart
 from penstock.pagecache.files import ModelFiles
@@ -69,10 +69,6 @@ class TracefsObserver(Observer):
             raise ObserverError(f"tracefs: {error}") from error
         self._tree = ProcessTree(pid, self._files, only_known=self._only_known)
 
-    @property
-    def _misses_only(self) -> bool:
-        return self._instance is not None and self._instance.events == (ADD,)
-
     def poll(self) -> Sequence[Observed]:
         if self._instance is None or self._tree is None:
             return ()
@@ -83,8 +79,6 @@ class TracefsObserver(Observer):
         for part in found:
             self._tree.note(part)
         found += self._tree.touched()
-        if self._misses_only:
-            found += self._tree.moved_positions()
         return found
 
     def _observed(self, events: Events) -> list[Observed]:
@@ -181,9 +175,6 @@ class TracefsObserver(Observer):
 
     @property
     def warnings(self) -> Sequence[str]:
-        warnings = []
         if self._instance is not None and self._instance.missed_pages:
-            warnings.append(f"{self._instance.missed_pages} pages of trace events came faster than they were read")
-        if self._misses_only:
-            warnings.append("this kernel traces page-cache misses only; reads that hit are seen less exactly")
-        return warnings
+            return (f"{self._instance.missed_pages} pages of trace events came faster than they were read",)
+        return ()
