@@ -144,18 +144,23 @@ def is_resident_nowait(fd: int, offsets: Iterable[int]) -> list[bool]:
 
 
 def is_resident_fault(fd: int, offset: int) -> bool:
-    """Whether the page at an offset is cached, asked by mapping it: the fault is a major one if it is not.
+    """Whether the page at an offset is cached, asked by touching it: the fault is a major one if it is not.
 
-    Works on any readable file, waits for a page that is not cached, and reads nothing else.
+    Works on any readable file, waits for a page that is not cached, and reads nothing else. It has to be a fault of
+    its own: on 6.1 MADV_POPULATE_READ waits for the page, begins anew, and counts as minor what it then finds.
 
     Raises:
-        OSError: EINVAL before Linux 5.14, ENODEV where the file system has no mappings, EFAULT past the file's end.
+        OSError: EINVAL or ENODEV where the file system has no mappings, EFAULT past the file's end.
     """
     start = offset // PAGE_BYTES * PAGE_BYTES
-    with FileWindow(fd, start, start + PAGE_BYTES) as window:
-        before = resource.getrusage(resource.RUSAGE_THREAD).ru_majflt
-        window.populate(huge=False)
-        return resource.getrusage(resource.RUSAGE_THREAD).ru_majflt == before
+    sink = os.memfd_create("penstock-fault", os.MFD_CLOEXEC)
+    try:
+        with FileWindow(fd, start, start + PAGE_BYTES) as window:
+            before = resource.getrusage(resource.RUSAGE_THREAD).ru_majflt
+            window.touch(sink)
+            return resource.getrusage(resource.RUSAGE_THREAD).ru_majflt == before
+    finally:
+        os.close(sink)
 
 
 class ResidencyMethod(enum.Enum):

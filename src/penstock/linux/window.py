@@ -46,15 +46,14 @@ class FileWindow:
         self._address = _mmap(None, self._length, mmap.PROT_READ, mmap.MAP_SHARED, fd, start)
         _madvise(self._address, self._length, mmap.MADV_RANDOM)
 
-    def populate(self, *, huge: bool = True) -> None:
-        """Read it into the cache without copying it, in units of 2 MiB or else of a page; blocks until it is there.
+    def populate(self) -> None:
+        """Read it into the cache without copying it, in units of 2 MiB where it can; blocks until it is there.
 
         Raises:
             OSError: EINVAL before Linux 5.14; EFAULT where the file ends before stop; EIO for a failed read.
         """
         try:
-            if huge:
-                _madvise(self._address, self._length, _MADV_HUGEPAGE)
+            _madvise(self._address, self._length, _MADV_HUGEPAGE)
         except OSError as error:
             if error.errno != errno.EINVAL:  # EINVAL: a kernel without transparent huge pages
                 raise
