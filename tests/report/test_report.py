@@ -32,6 +32,7 @@ REPORT = Report(
     command=("python", "serve.py", "--model", "/models/llama-3b"),
     model_bytes=6 * GiB,
     loader_method="populate",
+    residency_method="cachestat",
     memory_source="host",
     budget_bytes=12 * GiB,
 )
@@ -44,7 +45,7 @@ def test_json_has_the_documented_keys() -> None:
         *("wall_s", "first_access_s", "last_access_s", "bytes_accessed", "bytes_prefetched"),
         *("bytes_prefetched_unused", "bytes_evicted", "bytes_device_read", "peak_resident_bytes"),
         *("warnings", "timeline", "command", "model_bytes", "loader_method", "memory_source"),
-        "budget_bytes",
+        *("budget_bytes", "residency_method"),
     }
     assert body["format"] == "penstock-report"
     assert body["version"] == 1

@@ -127,6 +127,7 @@ def _tell(options: RunOptions, session: Session, outcome: Outcome, exit_code: in
         command=options.command,
         model_bytes=session.final_model_bytes,
         loader_method=outcome.loader_method,
+        residency_method=outcome.residency_method,
         memory_source=outcome.budget.source,
         budget_bytes=outcome.budget.bytes,
     )

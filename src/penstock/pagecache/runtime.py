@@ -63,6 +63,7 @@ class Outcome:
     peak_resident_bytes: int
     budget: Budget
     loader_method: str
+    residency_method: str
     warnings: tuple[str, ...]
     timeline: tuple[Sample, ...]
 
@@ -172,6 +173,7 @@ class Runtime:
             self._residency.peak_bytes,
             self._budget,
             loaded.method,
+            ", ".join(sorted({record.residency.method.value for record in self._ledger.records()})),
             tuple(warnings),
             tuple(self._timeline),
         )

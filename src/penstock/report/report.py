@@ -50,6 +50,7 @@ class Report:
     command: tuple[str, ...] = ()
     model_bytes: int = 0
     loader_method: str = ""
+    residency_method: str = ""  # how it was found out what is cached, "mincore" for one
     memory_source: str = ""  # what bounds the memory: "host", or a cgroup
     budget_bytes: int = 0  # page cache that the model was allowed, as last read
     penstock_version: str = __version__
