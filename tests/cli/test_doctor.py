@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from tests.tracing import open_tracefs
 
 from penstock.cli.doctor import Check, _mount_of, _observer, checks, doctor
-from penstock.errors import UnsupportedError
-from penstock.linux.tracefs import INSTANCE_PREFIX, TraceFs
+from penstock.linux.tracefs import INSTANCE_PREFIX
 
 NAMES = {
     *("kernel", "observer", "tracefs", "pagemap", "child processes", "cachestat", "preadv2 RWF_NOWAIT"),
@@ -54,10 +54,7 @@ def test_the_table_says_what_is_done_instead(tmp_path: Path) -> None:
 
 @pytest.mark.root
 def test_the_trace_instance_is_removed_again(tmp_path: Path) -> None:
-    try:
-        tracefs = TraceFs()
-    except UnsupportedError as error:
-        pytest.skip(f"needs tracefs: {error}")
+    tracefs = open_tracefs()
     try:
         states = {check.name: check.state for check in checks(tmp_path)}
         assert states["tracefs"] == "ok"

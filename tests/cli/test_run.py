@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from tests.tracing import needs_access_tracepoints
 
 from penstock.errors import UnsupportedError
 from penstock.linux.pagecache import FileResidency, drop
-from penstock.linux.tracefs import ACCESS_EVENTS, TraceFs
+from penstock.linux.tracefs import TraceFs
 from penstock.pagecache.loader import THREADS
 from penstock.pagecache.template import TemplateStore
 from penstock.units import MiB
@@ -70,20 +71,6 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     before = leftovers()
     yield
     wait_until(lambda: leftovers() <= before, "a tracefs instance was left behind")
-
-
-def needs_tracefs() -> None:
-    """Skips where programs cannot be observed through it."""
-    if os.geteuid() != 0:
-        pytest.skip("tracefs needs root")
-    try:
-        tracefs = TraceFs()
-    except UnsupportedError as error:
-        pytest.skip(str(error))
-    missing = set(ACCESS_EVENTS) - set(tracefs.available_events(ACCESS_EVENTS))
-    tracefs.close()
-    if missing:
-        pytest.skip(f"this kernel lacks the tracepoints {', '.join(sorted(missing))} (Linux 6.9)")
 
 
 def leftovers() -> set[str]:
@@ -176,12 +163,12 @@ def test_replaying_prefetches_before_the_first_read(tmp_path: Path, model: Path,
     assert prefetched > BYTES
 
 
-@pytest.mark.parametrize("observer", ["process", pytest.param("tracefs", marks=pytest.mark.root)])
+@pytest.mark.parametrize(
+    "observer", ["process", pytest.param("tracefs", marks=(pytest.mark.root, needs_access_tracepoints))]
+)
 def test_a_service_that_runs_on_has_its_template_stored(
     tmp_path: Path, model: Path, reader: Path, observer: str
 ) -> None:
-    if observer == "tracefs":
-        needs_tracefs()
     unread = model / "pytorch_model.bin"
     unread.write_bytes(bytes(BYTES))
     process = start(

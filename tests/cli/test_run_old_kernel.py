@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.tracing import open_tracefs
 
-from penstock.errors import UnsupportedError
 from penstock.linux import pagemap
 from penstock.linux.pagecache import drop, probe
-from penstock.linux.tracefs import ACCESS_EVENTS, TraceFs
+from penstock.linux.tracefs import ACCESS_EVENTS
 from penstock.pagecache.template import TemplateStore
 from penstock.units import MiB
 
@@ -57,12 +57,7 @@ sys.stdin.read()
 
 @pytest.fixture(autouse=True)
 def lacking() -> Iterator[None]:
-    if os.geteuid() != 0:
-        pytest.skip("needs root, who would get tracefs where there is one")
-    try:
-        tracefs = TraceFs()
-    except UnsupportedError as error:
-        pytest.skip(str(error))
+    tracefs = open_tracefs()
     there = tracefs.available_events(ACCESS_EVENTS)
     if there:
         tracefs.close()

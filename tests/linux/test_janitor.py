@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from tests.tracing import LACKING
 
-from penstock.errors import UnsupportedError
 from penstock.linux.tracefs import TraceFs
 
 # Makes an instance and says its name, its janitor and itself.
@@ -30,12 +30,9 @@ exec(sys.argv[1])
 
 @pytest.fixture
 def tracefs() -> Iterator[TraceFs]:
-    if os.geteuid() != 0:
-        pytest.skip("needs root, for tracefs")
-    try:
-        tracefs = TraceFs()
-    except UnsupportedError as error:
-        pytest.skip(str(error))
+    if LACKING:
+        pytest.skip(LACKING)
+    tracefs = TraceFs()
     yield tracefs
     tracefs.close()
 

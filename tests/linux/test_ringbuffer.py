@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.tracing import needs_access_tracepoints
 
-from penstock.errors import UnsupportedError
 from penstock.linux.ringbuffer import EVENT_DTYPE, decode_pages
 from penstock.linux.tracefs import (
     ACCESS_EVENTS,
@@ -193,23 +193,16 @@ sys.stdin.readline()
 
 
 @pytest.mark.root
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, for tracefs")
+@needs_access_tracepoints
 def test_real_pages(tmp_path: Path) -> None:
-    try:
-        tracefs = TraceFs()
-    except UnsupportedError as error:
-        pytest.skip(str(error))
-    events = tracefs.available_events(ACCESS_EVENTS)
-    if not events:
-        tracefs.close()
-        pytest.skip("needs the page-cache access tracepoints (Linux 6.9)")
+    tracefs = TraceFs()
     paths = [tmp_path / name for name in "ab"]
     for path in paths:
         path.write_bytes(os.urandom(64 * 4096))
     command = [sys.executable, "-c", READER, *map(str, paths)]
     with (
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child,
-        Instance(tracefs, events, child.pid, owns_tracefs=True) as instance,
+        Instance(tracefs, ACCESS_EVENTS, child.pid, owns_tracefs=True) as instance,
     ):
         instance.start()
         assert child.stdin is not None

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from tests.tracing import LACKING, open_tracefs
 
 from penstock.errors import UnsupportedError
 from penstock.linux import tracefs as tracefs_module
@@ -99,15 +100,9 @@ def reader() -> Iterator[Reader]:
 
 @pytest.fixture
 def tracefs() -> Iterator[TraceFs]:
-    if os.geteuid() != 0:
-        pytest.skip("needs root, for tracefs")
-    try:
-        tracefs = TraceFs()
-    except UnsupportedError as error:
-        pytest.skip(str(error))
-    if len(tracefs.available_events(ACCESS_EVENTS)) < len(ACCESS_EVENTS):
-        tracefs.close()
-        pytest.skip("needs the tracepoints mm_filemap_get_pages, _fault and _map_pages (Linux 6.9)")
+    if LACKING:
+        pytest.skip(LACKING)
+    tracefs = TraceFs()
     yield tracefs
     tracefs.close()
 
@@ -291,13 +286,8 @@ class TestFollow:
 
     def test_a_kernel_without_all_of_them(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """As before Linux 6.9. What tells of misses alone tells nothing of a program that is prefetched for."""
-        if os.geteuid() != 0:
-            pytest.skip("needs root, for tracefs")
+        tracefs = open_tracefs()
         monkeypatch.setattr(tracefs_module, "ACCESS_EVENTS", (*ACCESS_EVENTS, "mm_filemap_wishes"))
-        try:
-            tracefs = TraceFs()
-        except UnsupportedError as error:
-            pytest.skip(str(error))
         before = instances(tracefs)
         with pytest.raises(UnsupportedError, match=r"lacks page-cache tracepoints: .*mm_filemap_wishes"):
             follow(os.getpid())

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.tracing import needs_access_tracepoints
 
-from penstock.errors import ObserverError, UnsupportedError
+from penstock.errors import ObserverError
 from penstock.linux.pagecache import drop
-from penstock.linux.tracefs import ACCESS_EVENTS, TraceFs
 from penstock.pagecache.files import ModelFiles
 from penstock.pagecache.ledger import Ledger
 from penstock.pagecache.observers.base import Observer
@@ -89,20 +89,11 @@ def test_a_small_file_read_between_two_looks(tmp_path: Path, model_cached: bool)
 
 
 @pytest.mark.root
+@needs_access_tracepoints
 class TestTracefsObserver(ObserverTests):
     unseen_bytes = 64 * KiB
 
     def make_observer(self, files: ModelFiles, ledger: Ledger) -> Observer:
-        if os.geteuid() != 0:
-            pytest.skip("needs root, for tracefs")
-        try:
-            tracefs = TraceFs()
-        except UnsupportedError as error:
-            pytest.skip(str(error))
-        found = tracefs.available_events(ACCESS_EVENTS)
-        tracefs.close()
-        if len(found) < len(ACCESS_EVENTS):
-            pytest.skip("needs the page-cache access tracepoints (Linux 6.9)")
         return TracefsObserver(files)
 
 
@@ -122,10 +113,11 @@ sys.stdin.readline()
 
 
 @pytest.mark.root
+@needs_access_tracepoints
 def test_what_a_worker_read_before_its_end_is_its_own(tmp_path: Path) -> None:
     path = write_files(tmp_path)[0]
     files = ModelFiles([path])
-    observer = TestTracefsObserver().make_observer(files, Ledger())
+    observer = TracefsObserver(files)
     launcher = subprocess.Popen(
         [sys.executable, "-c", _WORKER_THAT_ENDS, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
@@ -158,11 +150,12 @@ class OnlyTheFirst(ObserverTests):
     def make_observer(self, files: ModelFiles, ledger: Ledger) -> Observer:
         if self.kind == "process":
             return ProcessObserver(self.known, ledger, only_known=True)
-        TestTracefsObserver().make_observer(files, ledger)  # skips where there is none
         return TracefsObserver(self.known, only_known=True)
 
 
-@pytest.mark.parametrize("kind", ["process", pytest.param("tracefs", marks=pytest.mark.root)])
+@pytest.mark.parametrize(
+    "kind", ["process", pytest.param("tracefs", marks=(pytest.mark.root, needs_access_tracepoints))]
+)
 @pytest.mark.parametrize("how", ["open read", "map touch"])
 def test_with_known_files_no_other_is_reported(tmp_path_factory: pytest.TempPathFactory, kind: str, how: str) -> None:
     case = OnlyTheFirst(tmp_path_factory, kind)
