@@ -22,6 +22,8 @@ from rig.image import REPOSITORY
 from rig.provision import Kernel, tool
 
 _BOOT_S = 120  # until the machine says that it runs
+# Waits until the rig closes its input, which its end does too, and kills a process group then.
+_TETHER = 'read -r; kill -KILL -- "-$0"'
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +103,10 @@ class Boot:
             env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"},
         )  # fmt: skip
         os.close(theirs)
+        self._tether = subprocess.Popen(
+            ["bash", "-c", _TETHER, str(self._popen.pid)],
+            stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
         self._drain.start()
 
     def wait(self, timeout_s: float) -> int:
@@ -143,6 +149,8 @@ class Boot:
         return "(it printed nothing)"
 
     def _close(self) -> None:
+        self._tether.kill()
+        self._tether.communicate()
         self._drain.join(5)
         self._console.close()
 

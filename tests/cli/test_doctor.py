@@ -135,6 +135,14 @@ def test_help_has_an_example() -> None:
     assert run("/no/such/place").exit_code == 2
 
 
+@pytest.mark.root
+def test_a_raw_block_device(loop_device: Path) -> None:
+    rows = {check.name: check for check in checks(loop_device)}
+    assert rows["file system"] == Check("file system", "ok", "none: a raw block device")
+    assert rows["block device"].detail.startswith(f"{loop_device.name}, read_ahead_kb ")
+    assert "nvme passthrough" not in rows
+
+
 def test_importing_the_command_imports_no_heavy_module() -> None:
     code = "import sys, penstock.cli.doctor; print({'numpy', 'rich'} & set(sys.modules))"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tests.drives import Drive, drives
 
+from penstock.cli.doctor import checks
 from penstock.errors import UnsupportedError
 from penstock.linux import nvme, uring
 from penstock.linux.uring import Cqes, Sqes
@@ -26,7 +27,7 @@ from penstock.storage.buffers import huge_buffer
 from penstock.storage.nvme import CommandLimits, NvmeEngine, _Wholes, command_limits, split
 from penstock.storage.region import Region
 from penstock.testing.engine import EngineTests
-from penstock.units import KiB, MiB
+from penstock.units import KiB, MiB, format_size
 
 
 @given(
@@ -391,6 +392,17 @@ class TestNvmeEngine(EngineTests):
             assert os.uname().release.startswith("6.1.")
         else:
             assert done.stdout == f"[65536] {contents[:65536].hex()}\n"
+
+    def test_doctor_says_how_large_commands_are(self) -> None:
+        rows = {check.name: check for check in checks(self.drive.block_device)}
+        passthrough = rows["nvme passthrough"]
+        assert (rows["file system"].detail, passthrough.state) == ("none: a raw block device", "ok")
+        with self.make_engine() as engine:
+            fd = os.open(self.drive.character_device, os.O_RDONLY)
+            most = engine.limits(engine.add_file(fd)).aligned
+            os.close(fd)
+        assert passthrough.detail.startswith(f"{self.drive.character_device} takes commands of up to")
+        assert format_size(most) in passthrough.detail
 
     def test_a_region_on_the_block_device_is_read_and_written_through_the_other(self, tmp_path: Path) -> None:
         device = self.drive.block_device

@@ -10,15 +10,19 @@ import json
 import os
 import platform
 import re
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import click
 
 from penstock.units import format_size
+
+if TYPE_CHECKING:
+    from penstock.linux.blockdevice import BlockDevice
 
 State: TypeAlias = Literal["ok", "degraded", "missing"]
 
@@ -49,6 +53,7 @@ _MEMORY_FILE_SYSTEMS = frozenset(("tmpfs", "ramfs", "hugetlbfs", "devtmpfs"))
     epilog="""\b
 Examples:
   penstock doctor /models
+  penstock doctor /dev/nvme0n1
   penstock doctor --json
 """
 )
@@ -58,8 +63,8 @@ Examples:
 def doctor(context: click.Context, path: Path, as_json: bool) -> None:
     """Show what this machine allows, and what penstock does where something is missing.
 
-    PATH is where the models lie (the working directory, unless given): its file system and its disk are looked
-    at. The exit status is 1 only where penstock cannot observe a program at all.
+    PATH is where the models lie (the working directory, unless given), or a raw block device for a KV cache: its
+    file system and its disk are looked at. The exit status is 1 only where penstock cannot observe a program at all.
     """
     found = checks(path)
     if as_json:
@@ -307,6 +312,14 @@ class _Mount:
 def _storage(path: Path) -> Iterator[Check]:
     from penstock.linux.blockdevice import BlockDevice
 
+    status = os.stat(path)
+    if stat.S_ISBLK(status.st_mode):
+        yield Check("file system", "ok", "none: a raw block device")
+        device = BlockDevice(status.st_rdev)
+        yield from _device(device, str(path))
+        if device.path.resolve().name.startswith("nvme"):
+            yield from _passthrough(path)
+        return
     mount = _mount_of(path)
     where = f"{mount.kind} at {mount.point}" if mount.kind else "unknown"
     if mount.kind in _MEMORY_FILE_SYSTEMS:
@@ -321,6 +334,11 @@ def _storage(path: Path) -> Iterator[Check]:
         device.close()
         with contextlib.suppress(OSError):
             device = BlockDevice(os.stat(mount.source).st_rdev)
+    yield from _device(device, where)
+
+
+def _device(device: BlockDevice, where: str) -> Iterator[Check]:
+    """What a block device is set to; closes it."""
     with contextlib.closing(device):
         if not device.exists:
             yield Check("block device", "missing", f"none is known under {where}", "others' use of it is not seen")
@@ -332,6 +350,27 @@ def _storage(path: Path) -> Iterator[Check]:
         words += [f"scheduler {scheduler}"] if scheduler else []
         words += ["rotational"] if device.setting("rotational") == "1" else []
         yield Check("block device", "ok", ", ".join([name, *words]))
+
+
+def _passthrough(path: Path) -> Iterator[Check]:
+    """Whether commands can be passed to the NVMe namespace that a block device is, and how large."""
+    from penstock.errors import UnsupportedError
+    from penstock.linux.nvme import character_device
+    from penstock.storage.nvme import NvmeEngine
+
+    try:
+        character = character_device(path)
+        fd = os.open(character, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            with NvmeEngine() as engine:
+                most = engine.limits(engine.add_file(fd)).aligned
+        finally:
+            os.close(fd)
+    except (UnsupportedError, OSError) as error:
+        reason = _reason(error).removeprefix("nvme: ")
+        yield Check("nvme passthrough", "degraded", reason, "io_uring or threads on the block device")
+    else:
+        yield Check("nvme passthrough", "ok", f"{character} takes commands of up to {format_size(most)} (NvmeEngine)")
 
 
 def _mount_of(path: Path) -> _Mount:
