@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import compileall
 import os
+import py_compile
 import re
 import shutil
 import subprocess
@@ -50,6 +52,11 @@ def make_image(path: Path) -> list[Path]:
             _copy(file, staging)
         for link in site.glob("*penstock*.pth"):
             _copy(link, staging)
+        for part in (REPOSITORY, standard):  # the machine sees them read-only, and would compile at each start
+            compileall.compile_dir(
+                staging / str(part).lstrip("/"), stripdir=str(staging), quiet=2, workers=0,
+                invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,
+            )  # fmt: skip
         used = sum(file.lstat().st_size + 4096 for file in staging.rglob("*"))
         _make_file_system(path, int(used * 1.15) + 64 * MiB, staging)
     finally:

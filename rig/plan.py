@@ -10,7 +10,10 @@ from rig.machine import Drive
 Age = Literal["old", "new"]
 
 # Of the page cache's tests: they need no torch, and what they say of time is bounded by deadlines alone.
-_PAGE_CACHE = ("tests/pagecache", "tests/linux", "tests/cli/test_run.py", "tests/cli/test_doctor.py")
+_PAGE_CACHE = ("tests/pagecache", "tests/linux", "tests/cli/test_doctor.py", "-m", "not slow and not rig")
+_RUN = ("tests/cli/test_run.py", "tests/cli/test_run_old_kernel.py", "-m", "not slow")
+_NODES = ("tests/pagecache/test_placed.py", "tests/linux/test_cgroup2.py")
+_NVME = ("tests/linux/test_nvme.py", "tests/storage/test_nvme.py", "-m", "rig")
 # Both sizes of a logical block with both limits of a transfer; 16 KiB is less than any chunk in use.
 _DRIVES = (Drive(512, 7), Drive(512, 2), Drive(4096, 7), Drive(4096, 2))
 
@@ -40,10 +43,8 @@ def jobs() -> list[Job]:
     """All of them, the longest first."""
     ages: tuple[Age, ...] = ("old", "new")
     return [
-        Job("page-cache", "old", (*_PAGE_CACHE, "-m", "not slow and not rig")),
-        *(
-            Job("nvme", age, ("tests/linux/test_nvme.py", "tests/storage/test_nvme.py", "-m", "rig"), _DRIVES)
-            for age in ages
-        ),
-        *(Job("numa", age, ("tests/pagecache/test_placed.py",)) for age in ages),
+        Job("page-cache", "old", _PAGE_CACHE),
+        Job("run", "old", _RUN),
+        *(Job("nvme", age, _NVME, _DRIVES) for age in ages),
+        *(Job("numa", age, _NODES) for age in ages),
     ]

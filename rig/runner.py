@@ -19,9 +19,12 @@ from rig.machine import Boot, Machine
 from rig.plan import Age, Job
 from rig.provision import Kernel, provide_kernels, provide_tools
 
-_DISK_BYTES = 2 * GiB
+_DISK_BYTES = 4 * GiB  # sparse
 # Under emulation what takes a second elsewhere takes ten.
-_PYTEST = ("python", "-m", "pytest", "-p", "no:cacheprovider", "-o", "timeout=400", "-o", "faulthandler_timeout=390")
+_DEADLINES = ("-o", "timeout=400", "-o", "faulthandler_timeout=390")
+_PYTEST = (
+    "python", "-m", "pytest", "-p", "no:cacheprovider", "-o", "tmp_path_retention_policy=failed", *_DEADLINES
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

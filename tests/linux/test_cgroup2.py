@@ -22,6 +22,7 @@ pytestmark = pytest.mark.rig
 
 PENSTOCK = str(Path(sys.executable).with_name("penstock"))
 DEADLINE_S = 120.0
+STARTING_S, LOOKING_S = 8.0, 4.0  # in the rig: until penstock observes, and until it has looked
 
 # Obeys one line at a time: "hold N" takes N bytes of memory, "read FILE" reads a file. Answers each with a line.
 CHILD = """
@@ -39,13 +40,15 @@ for line in sys.stdin:
 """
 READER = """
 import mmap, sys, zlib
+sys.stdin.readline()
 total = 0
 for path in sys.argv[1:]:
     with open(path, "rb") as file:
         view = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
     for start in range(0, len(view), 1 << 20):
         total = zlib.crc32(view[start : start + (1 << 20)], total)
-print(total)
+print(total, flush=True)
+sys.stdin.read()
 """
 
 
@@ -203,7 +206,9 @@ class TestRun:
         for path in paths:
             write_cold(path, self.SIZE_BYTES)
         plain = [sys.executable, "-c", READER, *map(str, paths)]
-        expected = subprocess.run(plain, capture_output=True, text=True, check=True).stdout
+        expected = subprocess.run(
+            plain, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True
+        ).stdout  # fmt: skip
         for mode in ("record", "replay"):
             for path in paths:
                 with path.open("rb") as file:
@@ -221,11 +226,19 @@ class TestRun:
 
     def run(self, cgroup: Path, command: list[str], expected: str, report: Path) -> dict[str, object]:
         tasks = cgroup / "cgroup.procs"
-        done = subprocess.run(
+        with subprocess.Popen(
             [PENSTOCK, "run", "--service", "small", "--report", str(report), "--", *command],
-            capture_output=True, text=True, check=False, timeout=DEADLINE_S,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             preexec_fn=lambda: tasks.write_text(str(os.getpid())),
-        )  # fmt: skip
-        assert (done.returncode, done.stdout) == (0, expected), done.stderr
+        ) as running:  # fmt: skip
+            time.sleep(STARTING_S)
+            assert running.stdin is not None
+            assert running.stdout is not None
+            running.stdin.write("go\n")
+            running.stdin.flush()
+            assert running.stdout.readline() == expected
+            time.sleep(LOOKING_S)
+            _, errors = running.communicate(timeout=DEADLINE_S)
+        assert running.returncode == 0, errors
         body: dict[str, object] = json.loads(report.read_text())
         return body
