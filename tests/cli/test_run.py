@@ -298,7 +298,7 @@ def test_what_is_cached_at_anothers_charge_is_not_burnt(
 ) -> None:
     options = ["--service", "charged", "--report", tmp_path / "report.json"]
     command = [PENSTOCK, "run", *options, "--", sys.executable, reader, model]
-    assert subprocess.run([*command, "wait"], input="", capture_output=True, text=True, check=True).stdout
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout
     plain(reader, model)  # by this process's cgroup
     assert resident_share(model) > 0.9
     tasks = make_memory_cgroup(84 * MiB) / "cgroup.procs"  # two interpreters take half of it
