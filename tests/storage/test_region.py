@@ -192,6 +192,12 @@ def test_it_grows(tmp_path: Path) -> None:
     with Region.open(path, owner=OWNER) as region:
         assert region.size_bytes == 9 * MiB + 4 * KiB
         assert region.header.identifier == identifier
+    os.truncate(path, DATA_START + 6 * MiB + 1)  # a power cut while it grew: some of it is there
+    with Region.open(path, owner=OWNER) as region:
+        assert region.size_bytes == 6 * MiB
+    os.truncate(path, DATA_START + 4 * MiB)
+    with Region.open(path, owner=OWNER) as region:
+        assert region.size_bytes == 4 * MiB
 
 
 def test_it_cannot_grow_so_much(tmp_path: Path) -> None:

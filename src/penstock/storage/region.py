@@ -8,13 +8,14 @@ offset bytes
 0      16    magic, ``PENSTOCK REGION\\n``
 16     4     version of this layout
 20     4     length of the owner's name
-24     8     size of the region, header included
+24     8     size as it was made, header included
 32     16    identifier, random
 48     256   the owner's name, UTF-8
 4064   32    BLAKE2b of the bytes before
 ====== ===== =====================================================
 
-Numbers are little-endian.
+Numbers are little-endian. A file that is larger than it was made has grown: its size is the region's. So growing
+writes no header, which a power cut could leave torn, or on the device before the size that it speaks of.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class RegionHeader:
     """What a region says of itself."""
 
     owner: str
-    size_bytes: int  # header included
+    size_bytes: int  # header included; of a file that has grown, what it has now
     identifier: bytes  # 16 random bytes: another region at the same place has another
 
 
@@ -209,6 +210,8 @@ class Region:
                     f"{path}: ends at byte {there_bytes}, and was made with {header.size_bytes}; "
                     "it has been truncated, make it anew"
                 )
+            if not _is_block_device(path):
+                header = replace(header, size_bytes=there_bytes // BLOCK_BYTES * BLOCK_BYTES)
             return cls(path, fd, is_direct, header, _pieces(fd, header.size_bytes, path))
         except BaseException:
             os.close(fd)
@@ -235,20 +238,16 @@ class Region:
                 f"{self.path}: {format_size(size_bytes)} are wanted, the region has {format_size(self.size_bytes)}; "
                 "one on a device cannot grow"
             )
-        header = replace(self.header, size_bytes=total_bytes)
         try:
             os.posix_fallocate(self.fd, before_bytes, total_bytes - before_bytes)
             pieces = _pieces(self.fd, total_bytes, self.path)
-            block = huge_buffer(BLOCK_BYTES)
-            block[:] = _packed(header)
-            os.pwritev(self.fd, [block], 0)
         except BaseException as error:
             os.ftruncate(self.fd, before_bytes)
             if not isinstance(error, OSError):
                 raise
             more = format_size(total_bytes - before_bytes)
             raise OSError(error.errno, f"{more} more cannot be set aside: {error.strerror}", str(self.path)) from error
-        self.header = header
+        self.header = replace(self.header, size_bytes=total_bytes)
         self.pieces = pieces
         self.allocator.extend(total_bytes)
 
