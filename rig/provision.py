@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import lzma
 import os
 import platform
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -123,10 +125,24 @@ def _unpacked(package: str) -> Kernel:
             _call([tool("dpkg"), "--extract", str(archives[0]), str(root)])
             release = next((root / "boot").glob("vmlinuz-*")).name.removeprefix("vmlinuz-")
             _call([tool("depmod"), "--basedir", str(root), release])
+            _unpack_image(root / "boot" / f"vmlinuz-{release}", root / "boot" / f"vmlinux-{release}")
             (root / "complete").touch()
             root.rename(directory)
-    image = next((directory / "boot").glob("vmlinuz-*"))
-    return Kernel(image.name.removeprefix("vmlinuz-"), image)
+    image = min((directory / "boot").glob("vmlinu[xz]-*"))  # x, where there is one
+    return Kernel(image.name.partition("-")[2], image)
+
+
+def _unpack_image(packed: Path, unpacked: Path) -> None:
+    """Write the ELF image inside a bzImage, where it is packed with xz: under emulation that takes seconds a boot.
+
+    Source: Documentation/arch/x86/boot.rst (setup_sects, payload_offset, payload_length).
+    """
+    data = packed.read_bytes()
+    offset, length = struct.unpack_from("<II", data, 0x248)
+    start = (data[0x1F1] + 1) * 512 + offset
+    payload = data[start : start + length]
+    if payload.startswith(b"\xfd7zXZ\0"):
+        unpacked.write_bytes(lzma.LZMADecompressor().decompress(payload))
 
 
 def _apt(*words: str, directory: Path | None = None) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.examples import examples
 
 from penstock.linux import pagecache
 from penstock.linux.pagecache import FileResidency, ResidencyMethod
@@ -134,7 +135,7 @@ class TestResidency:
             os.close(asked)
         assert all(read)  # what it does not call cached is not
 
-    @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(max_examples=examples(100), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(
         reads=st.lists(st.tuples(st.integers(0, 63), st.integers(1, 8)), max_size=4),
         start=st.integers(0, 64 * PAGE_BYTES),

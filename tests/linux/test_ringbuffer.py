@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.examples import examples
 from tests.tracing import needs_access_tracepoints
 
 from penstock.linux.ringbuffer import EVENT_DTYPE, decode_pages
@@ -122,7 +123,7 @@ def as_events(decoded: np.ndarray) -> list[Event]:
 
 
 class TestByHand:
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=examples(150), deadline=None)
     @given(
         st.lists(
             st.tuples(st.integers(0, 2**60), st.lists(steps, max_size=30), st.booleans()),
@@ -145,7 +146,7 @@ class TestByHand:
             if all(a.time_ns < b.time_ns for a, b in itertools.pairwise(inside)):
                 assert as_events(decode_pages([page], FORMATS)) == inside
 
-    @settings(max_examples=50, deadline=None)
+    @settings(max_examples=examples(50), deadline=None)
     @given(st.lists(steps, max_size=30), st.booleans())
     def test_the_one_by_one_reader_finds_the_same_records(
         self, page_steps: list[tuple[object, ...]], padded: bool

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.examples import examples
 
 from penstock.linux.pagecache import drop
 from penstock.pagecache.base import ModelFile
@@ -120,7 +121,7 @@ class TestAccounts:
         assert ledger.access(record, 0, 2 * MiB) == 2 * MiB
         assert ledger.totals().accessed_bytes == 2 * MiB  # each byte counts once
 
-    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=examples(60))
     @given(
         st.lists(
             st.tuples(

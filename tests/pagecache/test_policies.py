@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.examples import examples
 
 from penstock.errors import PolicyError
 from penstock.pagecache.base import Access, Context, Evict, ModelFile, Policy, Prefetch, Range
@@ -473,7 +474,7 @@ groups = st.lists(
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(steps, groups, st.sampled_from([0, 64 * MiB, GiB]))
 def test_whatever_is_read_all_answers_lie_inside_their_files(
     name: str,

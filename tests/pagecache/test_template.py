@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.examples import examples
 
 from penstock.errors import TemplateError, TemplateFormatError
 from penstock.linux.pagecache import drop, mincore
@@ -180,7 +181,7 @@ class TestStore:
             os.umask(umask)
         assert path.stat().st_mode & 0o777 == 0o644
 
-    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
+    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=examples(40))
     @given(st.lists(st.text(st.characters(exclude_categories=[])), min_size=1, max_size=6, unique=True))
     def test_any_name_will_do(self, store: TemplateStore, names: list[str]) -> None:
         for name in names:
