@@ -23,7 +23,8 @@ _DISK_BYTES = 4 * GiB  # sparse
 # Under emulation what takes a second elsewhere takes ten.
 _DEADLINES = ("-o", "timeout=400", "-o", "faulthandler_timeout=390")
 _PYTEST = (
-    "python", "-m", "pytest", "-p", "no:cacheprovider", "-o", "tmp_path_retention_policy=failed", *_DEADLINES
+    "python", "-m", "pytest", "-p", "no:cacheprovider", "-o", "tmp_path_retention_policy=failed", *_DEADLINES,
+    "-o", "junit_family=xunit1",  # which has properties of tests
 )  # fmt: skip
 
 

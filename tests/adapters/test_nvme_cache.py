@@ -179,6 +179,10 @@ def test_operations_on_batches(tmp_path: Path) -> None:
             expected, found = what(theirs), what(ours)
             for one, other in zip(expected or (), found or (), strict=True):
                 assert torch.equal(one, other)
+            for one, other in zip(theirs, ours, strict=True):
+                assert torch.equal(one[0], other[0])
+                assert torch.equal(one[1], other[1])
+                assert one[2:] == other[2:] == (None,)
             for number in range(len(theirs)):
                 assert torch.equal(theirs.layers[number].keys, ours.layers[number].keys)
                 assert torch.equal(theirs.layers[number].values, ours.layers[number].values)

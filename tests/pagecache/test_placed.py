@@ -30,6 +30,7 @@ pytestmark = pytest.mark.rig
 
 SIZE_BYTES = 24 * MiB
 DEADLINE_S = 120.0
+STARTING_S = 8.0  # until penstock observes, under emulation
 PENSTOCK = str(Path(sys.executable).with_name("penstock"))
 
 # Waits with its accelerator's device file open, if one is named.
@@ -266,8 +267,10 @@ def test_penstock_run_places_for_each_worker(files: list[Path], tmp_path: Path) 
     command += ["--", sys.executable, "-S", str(launcher), str(go), *map(str, files)]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "0,1", "HOME": str(tmp_path)}
     with mounted(root / "proc/driver", "/proc/driver"), mounted(root / "sys/bus/pci/devices", "/sys/bus/pci/devices"):
-        go.touch()
-        subprocess.run(command, env=environment, check=True, timeout=DEADLINE_S)
+        with subprocess.Popen(command, env=environment) as recording:
+            time.sleep(STARTING_S)
+            go.touch()
+            assert recording.wait(DEADLINE_S) == 0
         go.unlink()
         make_cold(files)
         with subprocess.Popen(command, env=environment) as replaying:

@@ -8,6 +8,7 @@ as they are small.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -137,6 +138,12 @@ class NVMeCache(Cache):
     def close(self) -> None:
         """Give everything back; what it holds is lost. A second time does nothing."""
         self._rows.close()
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]]:
+        """Keys, values and, where there is one, the window of each layer, read from the device; as `DynamicCache`."""
+        for layer in self.layers:
+            held: Any = layer  # those of linear attention have neither
+            yield held.keys, held.values, getattr(held, "_sliding_window_tensor", None)
 
     def __enter__(self) -> Self:
         return self
