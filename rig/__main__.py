@@ -7,7 +7,7 @@ import shutil
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +22,8 @@ from rig.runner import Result, Rig
 
 _LANES = 3  # machines at once: with fewer, two CPUs are idle a third of the time
 
+_CUTS = 17  # machines, of each of which three moments are looked at: 51 cuts
+
 
 @click.command(
     epilog="""\b
@@ -33,7 +35,7 @@ Examples:
 """
 )
 @click.option("--job", "names", multiple=True, help="Only jobs of this name, or NAME-old, NAME-new; then no cuts.")
-@click.option("--cuts", type=click.IntRange(min=0), help="How many machines lose their power.  [default: 50]")
+@click.option("--cuts", type=click.IntRange(min=0), help=f"How many machines lose their power.  [default: {_CUTS}]")
 @click.option("--run", "command", help="Boot the one job, run this instead of its tests, and print what it prints.")
 @click.option("--keep", type=click.Path(path_type=Path), help="Leave images and results in this directory.")
 @click.argument("arguments", nargs=-1)
@@ -46,7 +48,7 @@ def main(
         known = ", ".join(dict.fromkeys(job.name for job in jobs()))
         raise click.BadParameter(f"{', '.join(names)}: there is {known}, each with -old or -new", param_hint="--job")
     if cuts is None:
-        cuts = 0 if names else 50
+        cuts = 0 if names else _CUTS
     directory = keep or Path(tempfile.mkdtemp(prefix="penstock-rig-"))
     directory.mkdir(parents=True, exist_ok=True)
     try:
@@ -64,7 +66,9 @@ def main(
         with ThreadPoolExecutor(_LANES) as pool:
             running = [pool.submit(partial(rig.run, job, arguments)) for job in chosen]
             cutting = [pool.submit(partial(rig.cut, number)) for number in range(cuts)]
-            results = [_told(future.result()) for future in running]
+            for future in as_completed(running):
+                _tell(future.result())
+            results = [future.result() for future in running]
             cut = [future.result() for future in cutting]
         is_good = _print(results, cut, time.monotonic() - began)
     finally:
@@ -73,10 +77,9 @@ def main(
     sys.exit(0 if is_good else 1)
 
 
-def _told(result: Result) -> Result:
+def _tell(result: Result) -> None:
     state = "good" if result.is_good else "FAILED"
     print(f"{result.job} ({result.kernel}): {state}, {result.passed} passed, {result.seconds:.0f} s", flush=True)
-    return result
 
 
 def _print(results: list[Result], cuts: list[CutResult], seconds: float) -> bool:

@@ -19,6 +19,7 @@ from rig.errors import RigError
 from rig.provision import tool
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+HYPOTHESIS = REPOSITORY / ".hypothesis"  # in the image
 _ROOTS = ("click", "numpy", "platformdirs", "rich", "xxhash", "pytest", "pytest-timeout", "hypothesis", "safetensors")
 _LEFT_OUT = ("site-packages", "test", "idlelib", "tkinter", "ensurepip", "turtledemo", "lib2to3", "pydoc_data")
 _OF_CHECKOUT = ("src", "tests", "bench", "rig", "examples", "docs", "pyproject.toml", "README.md", "ARCHITECTURE.md")
@@ -57,11 +58,19 @@ def make_image(path: Path) -> list[Path]:
                 staging / str(part).lstrip("/"), stripdir=str(staging), quiet=2, workers=0,
                 invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,
             )  # fmt: skip
+        _remember_characters(staging / HYPOTHESIS.relative_to("/"))
         used = sum(file.lstat().st_size + 4096 for file in staging.rglob("*"))
         _make_file_system(path, int(used * 1.15) + 64 * MiB, staging)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return over
+
+
+def _remember_characters(directory: Path) -> None:
+    """Have hypothesis keep its tables of Unicode there, which it makes in half a minute under emulation."""
+    code = "from hypothesis.strategies import text; text().example()"
+    environment = {**os.environ, "HYPOTHESIS_STORAGE_DIRECTORY": str(directory)}
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=environment, capture_output=True, check=False)
 
 
 def make_disk(path: Path, size_bytes: int) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from penstock.units import MiB
 from rig.errors import RigError
-from rig.image import REPOSITORY
+from rig.image import HYPOTHESIS, REPOSITORY
 from rig.provision import Kernel, tool
 
 _BOOT_S = 120  # until the machine says that it runs
@@ -234,6 +234,7 @@ disk() {{ for d in /sys/block/vd*; do [ "$(cat $d/serial)" = "$1" ] && echo /dev
 mkdir -p /run/image /run/disk /run/home
 mount -o ro "$(disk image)" /run/image
 {binds}
+cp -r {shlex.quote(str(HYPOTHESIS))} /run/hypothesis
 [ -z "$(disk disk)" ] || {{ mount "$(disk disk)" /run/disk && mkdir -p -m 1777 /run/disk/tmp; }}
 mountpoint -q /sys/kernel/tracing || mount -t tracefs tracefs /sys/kernel/tracing
 [ ! -e /sys/fs/cgroup/cgroup.subtree_control ] || echo +memory +cpuset > /sys/fs/cgroup/cgroup.subtree_control

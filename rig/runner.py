@@ -152,7 +152,9 @@ def _figures(path: Path) -> list[str]:
     """What tests measured, as they told it by `record_property`: of each name, the least and the largest."""
     values: dict[str, list[float]] = {}
     for figure in ET.parse(path).getroot().iter("property"):  # noqa: S314 (our own)
-        values.setdefault(figure.get("name", ""), []).append(float(figure.get("value", "nan")))
+        name = figure.get("name", "")
+        if not name.startswith("hypothesis-"):
+            values.setdefault(name, []).append(float(figure.get("value", "nan")))
     return [f"{name}: {min(found):.4f} to {max(found):.4f}, {len(found)} figures" for name, found in values.items()]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
@@ -13,6 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from tests.contents import contents
+from tests.observed import wait_until_observed
 from tests.tracing import needs_access_tracepoints
 
 from penstock.errors import UnsupportedError
@@ -28,8 +31,10 @@ DEADLINE_S = 60.0
 
 # Maps every weights file of a directory, and copies and sums it piece by piece. "late" waits for a line before,
 # "wait" for a byte after, with the mappings still there. Under emulation penstock takes seconds to begin looking.
-READER = """
-import glob, mmap, os, sys, time, zlib
+READER = (
+    inspect.getsource(wait_until_observed)
+    + """
+import glob, mmap, os, sys, zlib
 if "late" in sys.argv:
     sys.stdin.readline()
 total, views = 0, []
@@ -42,8 +47,9 @@ print(total, flush=True)
 if "wait" in sys.argv:
     sys.stdin.read(1)
 elif "PENSTOCK_RIG" in os.environ:
-    time.sleep(5)
+    wait_until_observed(os.getppid())
 """
+)
 
 
 @pytest.fixture
@@ -52,7 +58,7 @@ def model(tmp_path: Path) -> Path:
     directory.mkdir()
     for number in (1, 2):
         path = directory / f"model-0000{number}-of-00002.safetensors"
-        path.write_bytes(os.urandom(BYTES))
+        path.write_bytes(contents(BYTES))
         with path.open("rb") as file:
             os.fsync(file.fileno())
     make_cold(directory)
@@ -358,7 +364,7 @@ def test_a_replaced_file_makes_the_template_stale_and_is_recorded_anew(
     assert run(*command).returncode == 0
     replaced = model / "model-00002-of-00002.safetensors"
     replaced.unlink()
-    replaced.write_bytes(os.urandom(BYTES))
+    replaced.write_bytes(contents(BYTES))
     expected = plain(reader, model)
     ended = run(*command, report=tmp_path / "report.json")
     report = read(tmp_path / "report.json")

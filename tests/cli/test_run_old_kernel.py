@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.contents import contents
+from tests.observed import wait_until_observed
 from tests.tracing import open_tracefs
 
 from penstock.linux import pagemap
@@ -24,7 +26,7 @@ pytestmark = pytest.mark.rig
 PENSTOCK = str(Path(sys.executable).with_name("penstock"))
 SIZE_BYTES = 24 * MiB
 DEADLINE_S = 120.0
-STARTING_S, LOOKING_S = 8.0, 5.0  # in the rig: until penstock observes, and until it has looked
+LOOKING_S = 4.0  # in the rig, until penstock has looked
 
 # Wait for a line, read a file by each of the means that programs use, and serve until the input ends.
 READERS = {
@@ -76,7 +78,7 @@ def lacking() -> Iterator[None]:
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     path = tmp_path / "model.safetensors"
-    path.write_bytes(os.urandom(SIZE_BYTES))
+    path.write_bytes(contents(SIZE_BYTES))
     return path
 
 
@@ -113,7 +115,7 @@ def test_it_records_and_replays(tmp_path: Path, model: Path, means: str) -> None
             assert running.stdout is not None
             if mode == "replay":
                 wait_until_cached(model)  # what is not read yet
-            time.sleep(STARTING_S)
+            wait_until_observed(running.pid)
             running.stdin.write("go\n")
             running.stdin.flush()
             assert running.stdout.readline() == expected

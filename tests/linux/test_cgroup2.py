@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from tests.contents import contents
+from tests.observed import wait_until_observed
 
 from penstock.linux.memory import MemoryReader, read_memory, read_pressure
 from penstock.linux.pagecache import FileResidency, drop
@@ -22,7 +24,7 @@ pytestmark = pytest.mark.rig
 
 PENSTOCK = str(Path(sys.executable).with_name("penstock"))
 DEADLINE_S = 120.0
-STARTING_S, LOOKING_S = 8.0, 4.0  # in the rig: until penstock observes, and until it has looked
+LOOKING_S = 4.0  # in the rig, until penstock has looked
 
 # Obeys one line at a time: "hold N" takes N bytes of memory, "read FILE" reads a file. Answers each with a line.
 CHILD = """
@@ -95,7 +97,7 @@ def child_in(cgroup: Path) -> Iterator[Child]:
 
 def write_cold(path: Path, size_bytes: int) -> None:
     with path.open("wb") as file:
-        file.write(os.urandom(size_bytes))
+        file.write(contents(size_bytes))
         file.flush()
         os.fsync(file.fileno())
         drop(file.fileno())
@@ -231,7 +233,7 @@ class TestRun:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             preexec_fn=lambda: tasks.write_text(str(os.getpid())),
         ) as running:  # fmt: skip
-            time.sleep(STARTING_S)
+            wait_until_observed(running.pid)
             assert running.stdin is not None
             assert running.stdout is not None
             running.stdin.write("go\n")

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.contents import contents
 from tests.examples import examples
 
 from penstock.linux import pagecache
@@ -43,7 +44,7 @@ sys.stdin.read()
 def path(tmp_path: Path) -> Path:
     path = tmp_path / "model.bin"
     with path.open("w+b") as file:
-        file.write(os.urandom(SIZE_BYTES))
+        file.write(contents(SIZE_BYTES))
         file.flush()
         os.fsync(file.fileno())
         pagecache.drop(file.fileno())

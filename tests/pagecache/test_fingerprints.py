@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,10 +21,16 @@ def model_file(path: Path) -> ModelFile:
     return ModelFile(path.name, str(path), status.st_size, status.st_dev, status.st_ino)
 
 
+def settle() -> None:
+    """Let what was changed grow old enough to be remembered."""
+    time.sleep(0.15)
+
+
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     path = tmp_path / "model.gguf"
     path.write_bytes(os.urandom(300 * KiB))
+    settle()
     return path
 
 
@@ -82,6 +89,10 @@ def test_a_changed_file_is_sampled_again(path: Path, directory: Path, change: Ca
     after = cache.get(model_file(path))
     assert after != before
     assert after == fingerprint(path, path.stat().st_size)
+    change(path)  # perhaps in the tick in which it was looked at
+    assert cache.get(model_file(path)) == fingerprint(path, path.stat().st_size)
+    settle()
+    assert cache.get(model_file(path)) == fingerprint(path, path.stat().st_size)
     assert len(os.listdir(directory)) == 1
 
 
@@ -89,6 +100,7 @@ def test_a_copy_of_the_bytes_has_the_same(path: Path, directory: Path, tmp_path:
     cache = FingerprintCache(directory)
     copy = tmp_path / "elsewhere"
     copy.write_bytes(path.read_bytes())
+    settle()
     assert cache.get(model_file(copy)) == cache.get(model_file(path))
     assert len(os.listdir(directory)) == 2
 
@@ -111,6 +123,7 @@ def test_without_a_place_for_it(path: Path, tmp_path: Path) -> None:
 def test_a_name_that_is_not_text(tmp_path: Path, directory: Path) -> None:
     path = tmp_path / os.fsdecode(b"\xff.gguf")
     path.write_bytes(b"x")
+    settle()
     cache = FingerprintCache(directory)
     assert cache.get(model_file(path)) == cache.get(model_file(path)) == fingerprint(path, 1)
     assert len(os.listdir(directory)) == 1

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from tests.contents import contents
 
 from penstock.linux.memory import read_memory
 from penstock.pagecache.headroom import THRESHOLD, Budget, DeviceMonitor, Headroom, OwnReads
@@ -80,7 +81,7 @@ class TestLimited:
     def child(self, cgroup: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
         path = tmp_path / "file"
         with path.open("wb") as file:
-            file.write(os.urandom(32 * MiB))
+            file.write(contents(32 * MiB))
             file.flush()
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -185,7 +186,7 @@ class TestDevices:
 @pytest.mark.parametrize(("accessed_bytes", "likely"), [(0, True), (1 * MiB, False)])
 def test_a_program_that_reads_its_own_files(tmp_path: Path, accessed_bytes: int, likely: bool) -> None:
     path = tmp_path / "library"
-    path.write_bytes(os.urandom(4 * MiB))
+    path.write_bytes(contents(4 * MiB))
     with path.open("rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

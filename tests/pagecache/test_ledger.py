@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.contents import contents
 from tests.examples import examples
 
 from penstock.linux.pagecache import drop
@@ -23,7 +24,7 @@ SIZE_BYTES = 4 * MiB
 
 
 def make_file(path: Path) -> ModelFile:
-    path.write_bytes(os.urandom(SIZE_BYTES))
+    path.write_bytes(contents(SIZE_BYTES))
     with path.open("r+b") as file:
         os.fsync(file.fileno())
         drop(file.fileno())

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from tests.contents import contents
+from tests.observed import wait_until_observed
 from tests.pagecache.topology import make_amd, make_ascend, make_nvidia
 
 from penstock.linux import numa
@@ -30,7 +32,6 @@ pytestmark = pytest.mark.rig
 
 SIZE_BYTES = 24 * MiB
 DEADLINE_S = 120.0
-STARTING_S = 8.0  # until penstock observes, under emulation
 PENSTOCK = str(Path(sys.executable).with_name("penstock"))
 
 # Waits with its accelerator's device file open, if one is named.
@@ -50,7 +51,7 @@ while not os.path.exists(sys.argv[1]):
 with open(sys.argv[2], "rb", buffering=0) as file:
     while file.read(1 << 20):
         pass
-time.sleep(5)  # it serves: one that has ended is seen no more, and penstock may have been waiting for a CPU
+    time.sleep(5)  # it serves: one that has ended is seen no more, and penstock may have been waiting for a CPU
 '''
 workers = [
     subprocess.Popen([sys.executable, "-S", "-c", code, sys.argv[1], path], env={**os.environ, "LOCAL_RANK": str(rank)})
@@ -84,7 +85,7 @@ def files(tmp_path: Path) -> list[Path]:
     paths[0].parent.mkdir()
     for path in paths:
         with path.open("wb") as file:
-            file.write(os.urandom(SIZE_BYTES))
+            file.write(contents(SIZE_BYTES))
             os.fsync(file.fileno())
     make_cold(paths)
     return paths
@@ -268,7 +269,7 @@ def test_penstock_run_places_for_each_worker(files: list[Path], tmp_path: Path) 
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "0,1", "HOME": str(tmp_path)}
     with mounted(root / "proc/driver", "/proc/driver"), mounted(root / "sys/bus/pci/devices", "/sys/bus/pci/devices"):
         with subprocess.Popen(command, env=environment) as recording:
-            time.sleep(STARTING_S)
+            wait_until_observed(recording.pid)
             go.touch()
             assert recording.wait(DEADLINE_S) == 0
         go.unlink()

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from tests.contents import contents
 
 from penstock.linux.pagecache import drop, mincore
 from penstock.pagecache import runtime as runtime_module
@@ -46,7 +47,7 @@ def files(tmp_path: Path) -> ModelFiles:
     path = tmp_path / "model" / "model.safetensors"
     path.parent.mkdir()
     with path.open("w+b") as file:
-        file.write(os.urandom(SIZE_BYTES))
+        file.write(contents(SIZE_BYTES))
         file.flush()
         os.fsync(file.fileno())
         drop(file.fileno())

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from tests.contents import contents
 
 from penstock.linux.pagecache import drop
 from penstock.pagecache.base import ModelFile
@@ -20,7 +21,7 @@ SIZE_BYTES = 8 * MiB
 def file(tmp_path: Path) -> ModelFile:
     path = tmp_path / "model.gguf"
     with path.open("w+b") as opened:
-        opened.write(os.urandom(SIZE_BYTES))
+        opened.write(contents(SIZE_BYTES))
         opened.flush()
         os.fsync(opened.fileno())
     status = path.stat()

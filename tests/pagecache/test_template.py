@@ -480,6 +480,7 @@ class TestRecording:
         template = Template("s", identities, (ranges,))
         assert Template.from_json(template.to_json()) == template
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("size_bytes", [6 * GiB, 1 << 42])
     def test_a_reader_without_an_order_is_bounded(self, size_bytes: int) -> None:
         """In memory and in time: a service that reads pages at random for days."""

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tests.contents import contents
 
 from penstock.linux.window import FileWindow
 from penstock.pagecache import toucher as toucher_module
@@ -23,7 +24,7 @@ DEADLINE_S = 30.0
 @pytest.fixture
 def file(tmp_path: Path) -> ModelFile:
     path = tmp_path / "model.gguf"
-    path.write_bytes(os.urandom(SIZE_BYTES))
+    path.write_bytes(contents(SIZE_BYTES))
     status = path.stat()
     return ModelFile(path.name, str(path), status.st_size, status.st_dev, status.st_ino)
 

@@ -6,10 +6,13 @@ import contextlib
 import hashlib
 import json
 import os
+import time
 from pathlib import Path
 
 from penstock.pagecache.base import ModelFile
 from penstock.pagecache.template import fingerprint
+
+_SETTLED_NS = 100_000_000  # dates of files step by a tick of the kernel, 10 ms at most
 
 
 class FingerprintCache:
@@ -38,6 +41,8 @@ class FingerprintCache:
             if known["key"] == key:
                 return str(known["fingerprint"])
         found = fingerprint(file.path, status.st_size)
+        if time.time_ns() - status.st_ctime_ns < _SETTLED_NS:
+            return found  # another change may yet get the same date
         with contextlib.suppress(OSError):
             self._directory.mkdir(parents=True, exist_ok=True)
             partial = entry.with_name(f".{entry.name}.{os.getpid()}")

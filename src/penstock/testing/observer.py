@@ -454,7 +454,7 @@ def write_files(directory: Path) -> tuple[Path, Path, Path]:
     """Two model files, and one that is none."""
     names = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "tokenizer.json")
     for name in names:
-        (directory / name).write_bytes(os.urandom(_SIZE_BYTES))
+        (directory / name).write_bytes((os.urandom(MiB) * 13)[:_SIZE_BYTES])  # random bytes of that size take a second
     return directory / names[0], directory / names[1], directory / names[2]
 
 
