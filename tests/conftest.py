@@ -11,10 +11,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from tests.examples import examples
 
-settings.register_profile("here", max_examples=examples(100))
+settings.register_profile(
+    "here",
+    max_examples=examples(100),
+    suppress_health_check=[HealthCheck.too_slow] if "PENSTOCK_RIG" in os.environ else (),
+)
 settings.load_profile("here")
 
 

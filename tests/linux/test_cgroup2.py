@@ -43,12 +43,12 @@ for line in sys.stdin:
 READER = """
 import mmap, sys, zlib
 sys.stdin.readline()
-total = 0
+total, views = 0, []
 for path in sys.argv[1:]:
     with open(path, "rb") as file:
-        view = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-    for start in range(0, len(view), 1 << 20):
-        total = zlib.crc32(view[start : start + (1 << 20)], total)
+        views.append(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
+    for start in range(0, len(views[-1]), 1 << 20):
+        total = zlib.crc32(views[-1][start : start + (1 << 20)], total)
 print(total, flush=True)
 sys.stdin.read()
 """

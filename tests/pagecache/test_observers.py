@@ -173,6 +173,7 @@ def test_with_known_files_no_other_is_reported(tmp_path_factory: pytest.TempPath
 
 
 @pytest.mark.root
+@pytest.mark.slow
 def test_as_an_ordinary_user_with_anothers_files(as_ordinary_user: list[str], tmp_path: Path) -> None:
     if not as_ordinary_user:
         pytest.skip("needs root, to own files that the reader does not")

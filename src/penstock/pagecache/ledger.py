@@ -96,6 +96,11 @@ class Ledger:
                 self._waiting_bytes += record.waiting.add(low, high)
             return missing
 
+    def waiting(self, record: FileRecord) -> list[tuple[int, int]]:
+        """Parts of a file that are prefetched, or being so, and not yet accessed."""
+        with self._lock:
+            return list(record.waiting)
+
     def is_accessed(self, record: FileRecord, start: int, stop: int) -> bool:
         """Whether the program has read all of a range."""
         with self._lock:

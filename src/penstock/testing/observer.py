@@ -299,6 +299,21 @@ class ObserverTests:
             watched.tell("pread", path, 4 * MiB, 8 * MiB)
             watched.expect(path, [(4 * MiB, 8 * MiB)])
 
+    def test_pread_of_what_was_prefetched(self, tmp_path_factory: Any) -> None:
+        """As the first run does ahead of a reader, while it records."""
+        with self.watch(tmp_path_factory) as (watched, first, _):
+            watched.tell("open", first)
+            watched.settle()
+            watched.tell("pread", first, 0, 3 * MiB)
+            watched.settle()
+            record = watched.ledger.record(watched.file(first))
+            for start, stop in watched.ledger.claim(record, 3 * MiB, _SIZE_BYTES):
+                os.posix_fadvise(record.fd, start, stop - start, os.POSIX_FADV_WILLNEED)
+                assert len(os.pread(record.fd, stop - start, start)) == stop - start
+                watched.ledger.settle(record, start, stop, stop - start)
+            watched.tell("pread", first, 3 * MiB, 8 * MiB)
+            watched.expect(first, [(0, 8 * MiB)])
+
     def test_read_after_a_seek(self, tmp_path_factory: Any) -> None:
         with self.watch(tmp_path_factory) as (watched, path, _):
             watched.tell("open", path)

@@ -3,8 +3,9 @@
 mmap readers are seen through the page tables (which pages of a mapping they have touched), read() readers
 through their descriptors' positions. A pread() reader moves no position; its bytes are counted by
 /proc/PID/io, and with a template a count is a position in it. Without a template, what became resident in a
-file that it holds open is taken as read. So is, at the end, what became resident in a known file of which
-nothing was seen: a program may open, read and close a small one between two looks.
+file that it holds open is taken as read, and what was counted beyond that as read of what was prefetched, in
+file order. So is, at the end, what became resident in a known file of which nothing was seen: a program may
+open, read and close a small one between two looks.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ class ProcessObserver(Observer):
         self._seen: set[ModelFile] = set()
         self._counted: dict[int, int] = {}  # rchar at the last look, by pid
         self._explained: dict[int, int] = {}  # bytes seen since then by other means
+        self._owed: dict[int, int] = {}  # bytes reported beyond what was counted: the kernel's read-ahead, by pid
         self._cursors: dict[int, tuple[int, int, int]] = {}  # pid -> group, range, bytes into it
 
     def start(self, pid: int) -> None:
@@ -119,7 +121,7 @@ class ProcessObserver(Observer):
                 continue
             self._counted[pid] = count
             self._explained[pid] = 0
-            found += self._advance(pid, extra, files) if self._groups else self._grown(pid, files)
+            found += self._advance(pid, extra, files) if self._groups else self._grown(pid, extra, files)
         return found
 
     def _advance(self, pid: int, count: int, files: Sequence[ModelFile]) -> list[Observed]:
@@ -144,9 +146,9 @@ class ProcessObserver(Observer):
         taken = {cursor[0] for cursor in self._cursors.values()}
         return next((n for n in range(len(self._groups)) if n not in taken), 0)
 
-    def _grown(self, pid: int, files: Sequence[ModelFile]) -> list[Observed]:
-        """What of the open files is resident and not yet accounted for."""
-        found = []
+    def _grown(self, pid: int, count: int, files: Sequence[ModelFile]) -> list[Observed]:
+        """What of the open files is resident and not yet accounted for; if fewer bytes, of what was prefetched too."""
+        found, prefetched = [], []
         for file in dict.fromkeys(files):
             try:
                 record = self._ledger.record(file)
@@ -154,6 +156,15 @@ class ProcessObserver(Observer):
                 continue
             for low, high in record.present.missing(0, file.size_bytes):
                 found += [Observed(pid, file, a, b) for a, b in _resident(record.residency, record.fd, low, high)]
+            prefetched += [(file, low, high) for low, high in self._ledger.waiting(record)]
+        left = count - self._owed.get(pid, 0) - sum(part.stop - part.start for part in found)
+        for file, low, high in prefetched:
+            if left <= 0:
+                break
+            stop = min(high, low + left)
+            found.append(Observed(pid, file, low, stop))
+            left -= stop - low
+        self._owed[pid] = max(0, -left)
         return found
 
     def mapped_parts(self, file: ModelFile) -> Sequence[MappedPart]:
