@@ -488,7 +488,9 @@ def test_as_an_ordinary_user(tmp_path: Path, reader: Path, model: Path, as_ordin
     assert report["bytes_accessed"] == 2 * BYTES
     make_cold(model)
     command[command.index(own / "report.json")] = own / "replay.json"  # access(2) knows no ambient capability
-    ended = subprocess.run(command, input=b"x", capture_output=True, timeout=60, check=False, env=environment)
+    ended = subprocess.run(
+        command[:-1], stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False, env=environment
+    )
     assert ended.returncode == 0, ended.stderr
     report = read(own / "replay.json")
     assert (report["observer"], report["mode"]) == ("process", "replay")

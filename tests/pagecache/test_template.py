@@ -240,11 +240,11 @@ class Named(TemplateStore):
     def _open_unnamed(self):
         return None  # as on a file system without O_TMPFILE
 
-directory, named, writer = sys.argv[1], sys.argv[2] == "named", sys.argv[3]
+directory, named, writer, versions = sys.argv[1], sys.argv[2] == "named", sys.argv[3], int(sys.argv[4])
 store = (Named if named else TemplateStore)(directory)
 files = (FileIdentity("a", 1 << 40, "f"),)
 sys.stdin.readline()
-for version in range(25):
+for version in range(versions):
     ranges = tuple(Range("a", n << 20, (n << 20) + 4096) for n in range(version * 5 + 1))
     store.save(Template("shared", files, (ranges,), (writer,), str(version)))
 """
@@ -258,10 +258,10 @@ class TestWritersAtOnce:
         namespace = ["unshare", "--fork", "--pid"] if same_pid else []
         if same_pid and (os.geteuid() != 0 or shutil.which("unshare") is None):
             pytest.skip("needs root and unshare (util-linux), for pid namespaces")
-        store = TemplateStore(tmp_path)
+        store, versions = TemplateStore(tmp_path), examples(25)
         writers = [
             subprocess.Popen(
-                [*namespace, sys.executable, "-c", WRITER, str(tmp_path), kind, name],
+                [*namespace, sys.executable, "-c", WRITER, str(tmp_path), kind, name, str(versions)],
                 stdin=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -283,7 +283,7 @@ class TestWritersAtOnce:
             assert writer.returncode == 0
         last = store.load("shared")
         assert last is not None
-        assert last.recorded_at == "24"
+        assert last.recorded_at == str(versions - 1)
         assert os.listdir(tmp_path) == [f"shared{SUFFIX}"]
 
 
