@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,6 +45,11 @@ class Job:
 
     def __str__(self) -> str:
         return f"{self.name}, {self.age} kernel"
+
+
+def tests_of(jobs: Iterable[Job]) -> list[str]:
+    """The files and directories of their tests."""
+    return sorted({word for job in jobs for word in job.arguments if word.startswith("tests/")})
 
 
 def jobs() -> list[Job]:

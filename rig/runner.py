@@ -16,7 +16,7 @@ from rig.cuts import CutResult, cut_power
 from rig.errors import RigError
 from rig.image import make_disk, make_image
 from rig.machine import Boot, Machine
-from rig.plan import Age, Job
+from rig.plan import Age, Job, jobs, tests_of
 from rig.provision import Kernel, provide_kernels, provide_tools
 
 _DISK_BYTES = 4 * GiB  # sparse
@@ -68,7 +68,7 @@ class Rig:
         self.kernels: dict[Age, Kernel] = {"old": old, "new": new}
         self._directory = directory
         self._image = directory / "image"
-        self._over = tuple(make_image(self._image))
+        self._over = tuple(make_image(self._image, tests_of(jobs())))
         self._lock = threading.Lock()
         self._count = 0
 
