@@ -30,7 +30,8 @@ BYTES = 24 * MiB
 DEADLINE_S = 60.0
 
 # Maps every weights file of a directory, and copies and sums it piece by piece. "late" waits for a line before,
-# "wait" for a byte after, with the mappings still there. Under emulation penstock takes seconds to begin looking.
+# "wait" for a byte after, with the mappings still there. Under emulation penstock takes seconds to begin looking:
+# there it serves until it is seen to have read, unless that is not to be ("unseen").
 READER = (
     inspect.getsource(wait_until_observed)
     + """
@@ -46,8 +47,8 @@ for path in sorted(glob.glob(sys.argv[1] + "/*.safetensors")):
 print(total, flush=True)
 if "wait" in sys.argv:
     sys.stdin.read(1)
-elif "PENSTOCK_RIG" in os.environ:
-    wait_until_observed(os.getppid())
+elif "PENSTOCK_RIG" in os.environ and "unseen" not in sys.argv:
+    wait_until_observed(os.environ["READERS_REPORT"], bytes_accessed=sum(map(len, views)))
 """
 )
 
@@ -76,6 +77,7 @@ def reader(tmp_path: Path) -> Path:
 def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("READERS_REPORT", str(tmp_path / "readers.json"))
     before = leftovers()
     yield
     wait_until(lambda: leftovers() <= before, "a tracefs instance was left behind")
@@ -117,10 +119,11 @@ def resident_share(directory: Path) -> float:
 
 
 def run(*arguments: str | Path, report: Path | None = None) -> subprocess.CompletedProcess[str]:
-    options = ["--report", str(report)] if report else []
+    told = str(report or os.environ["READERS_REPORT"])
     return subprocess.run(
-        [PENSTOCK, "run", *options, *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False
-    )
+        [PENSTOCK, "run", "--report", told, *map(str, arguments)], env={**os.environ, "READERS_REPORT": told},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
 
 
 def read(path: Path) -> dict[str, object]:
@@ -136,9 +139,8 @@ def unexpected_warnings(report: dict[str, object]) -> list[str]:
 
 
 def plain(reader: Path, model: Path) -> str:
-    environment = {name: value for name, value in os.environ.items() if name != "PENSTOCK_RIG"}  # nobody looks
     return subprocess.run(
-        [sys.executable, reader, model], env=environment, capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, reader, model, "unseen"], capture_output=True, text=True, timeout=60, check=True
     ).stdout
 
 
@@ -162,11 +164,12 @@ def test_replaying_prefetches_before_the_first_read(tmp_path: Path, model: Path,
     options = ("--service", "s", "--templates", tmp_path / "t", "--model", model)
     assert run(*options, "--", sys.executable, reader, model).returncode == 0
     make_cold(model)
-    process = start(*options, "--report", tmp_path / "report.json", "--", sys.executable, reader, model, "late")
+    told = Path(os.environ["READERS_REPORT"])
+    process = start(*options, "--report", told, "--", sys.executable, reader, model, "late")
     wait_until(lambda: resident_share(model) > 0.9, "nothing was prefetched")
     process.communicate("go\n", timeout=DEADLINE_S)
     assert process.returncode == 0
-    report = read(tmp_path / "report.json")
+    report = read(told)
     prefetched = report["bytes_prefetched"]  # less what the disk's own read-ahead brought along
     assert isinstance(prefetched, int)
     assert prefetched > BYTES
@@ -185,10 +188,11 @@ def test_a_service_that_runs_on_has_its_template_stored(
         "--report", tmp_path / "report.json", "--", sys.executable, reader, model, "wait",
     )  # fmt: skip
     store = TemplateStore(tmp_path / "t")
-    wait_until(lambda: store.path("s").exists(), "no template was stored while the program ran")
+    assert wait_until_observed(str(tmp_path / "report.json"), bytes_accessed=2 * BYTES), "no report while it runs"
+    assert store.path("s").exists(), "no template was stored while the program ran"
     process.communicate("x", timeout=DEADLINE_S)
     report = read(tmp_path / "report.json")
-    assert (report["observer"], report["model_bytes"]) == (observer, 2 * BYTES)
+    assert (report["observer"], report["model_bytes"], report["exit_code"]) == (observer, 2 * BYTES, 0)
     template = store.load("s")
     assert template is not None
     assert {identity.name for identity in template.files} == {path.name for path in model.iterdir()} - {unread.name}
@@ -302,7 +306,8 @@ def test_killing_the_program_ends_penstock_as_the_shell_would(model: Path, reade
 def test_what_is_cached_at_anothers_charge_is_not_burnt(
     model: Path, reader: Path, make_memory_cgroup: Callable[[int], Path], tmp_path: Path
 ) -> None:
-    options = ["--service", "charged", "--report", tmp_path / "report.json"]
+    told = Path(os.environ["READERS_REPORT"])
+    options = ["--service", "charged", "--report", told]
     command = [PENSTOCK, "run", *options, "--", sys.executable, reader, model]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout
     plain(reader, model)  # by this process's cgroup
@@ -315,7 +320,7 @@ def test_what_is_cached_at_anothers_charge_is_not_burnt(
     wait_until(lambda: len(list(threads.iterdir())) > THREADS, "penstock is not loading")
     limited.communicate(b"\n", timeout=DEADLINE_S)
     assert limited.returncode == 0
-    report = read(tmp_path / "report.json")
+    report = read(told)
     assert report["mode"] == "replay"
     assert int(str(report["budget_bytes"])) < 2 * BYTES
     assert resident_share(model) > 0.9
@@ -441,7 +446,8 @@ def test_a_broken_policy_does_not_hurt_the_program(
     expected = plain(reader, model)
     make_cold(model)
     began = time.monotonic()
-    ended = run("--policy", f"broken:{name}", "--", sys.executable, reader, model, report=tmp_path / "report.json")
+    command = ("--", sys.executable, reader, model, *(["unseen"] if name == "Blocks" else []))
+    ended = run("--policy", f"broken:{name}", *command, report=tmp_path / "report.json")
     assert (ended.returncode, ended.stdout) == (0, expected), ended.stderr
     assert words in str(read(tmp_path / "report.json")["warnings"])
     assert time.monotonic() - began < 30
@@ -492,7 +498,7 @@ def test_as_an_ordinary_user(tmp_path: Path, reader: Path, model: Path, as_ordin
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
     ) as replaying:
         if "PENSTOCK_RIG" in os.environ:
-            wait_until_observed(replaying.pid)
+            wait_until_observed(str(own / "replay.json"), bytes_accessed=2 * BYTES)
         _, errors = replaying.communicate(b"x", timeout=DEADLINE_S)
     assert replaying.returncode == 0, errors
     report = read(own / "replay.json")

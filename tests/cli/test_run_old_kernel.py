@@ -8,11 +8,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 from tests.contents import contents
-from tests.observed import wait_until_observed
+from tests.observed import DEADLINE_S, run_observed
 from tests.tracing import open_tracefs
 
 from penstock.linux import pagemap
@@ -25,8 +26,6 @@ pytestmark = pytest.mark.rig
 
 PENSTOCK = str(Path(sys.executable).with_name("penstock"))
 SIZE_BYTES = 24 * MiB
-DEADLINE_S = 120.0
-LOOKING_S = 4.0  # in the rig, until penstock has looked
 
 # Wait for a line, read a file by each of the means that programs use, and serve until the input ends.
 READERS = {
@@ -107,21 +106,12 @@ def test_it_records_and_replays(tmp_path: Path, model: Path, means: str) -> None
         make_cold(model)
         report = tmp_path / f"{mode}.json"
         options = ["--service", means, "--templates", str(tmp_path / "templates"), "--report", str(report)]
-        with subprocess.Popen(
-            [PENSTOCK, "run", *options, "--", *plain],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        ) as running:  # fmt: skip
-            assert running.stdin is not None
-            assert running.stdout is not None
-            if mode == "replay":
-                wait_until_cached(model)  # what is not read yet
-            wait_until_observed(running.pid)
-            running.stdin.write("go\n")
-            running.stdin.flush()
-            assert running.stdout.readline() == expected
-            time.sleep(LOOKING_S)
-            _, errors = running.communicate(timeout=DEADLINE_S)
-        assert running.returncode == 0, errors
+        line, errors = run_observed(
+            [PENSTOCK, "run", *options, "--", *plain], report,
+            ready=partial(wait_until_cached, model) if mode == "replay" else None,  # what is not read yet
+            bytes_accessed=SIZE_BYTES,
+        )  # fmt: skip
+        assert line == expected
         reports.append(json.loads(report.read_text()))
         assert (reports[-1]["mode"], reports[-1]["observer"]) == (mode, "process")
         assert "observing through /proc, because tracefs is not usable" in errors

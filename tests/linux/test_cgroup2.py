@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from tests.contents import contents
-from tests.observed import wait_until_observed
+from tests.observed import run_observed
 
 from penstock.linux.memory import MemoryReader, read_memory, read_pressure
 from penstock.linux.pagecache import FileResidency, drop
@@ -24,7 +24,6 @@ pytestmark = pytest.mark.rig
 
 PENSTOCK = str(Path(sys.executable).with_name("penstock"))
 DEADLINE_S = 120.0
-LOOKING_S = 4.0  # in the rig, until penstock has looked
 
 # Obeys one line at a time: "hold N" takes N bytes of memory, "read FILE" reads a file. Answers each with a line.
 CHILD = """
@@ -217,7 +216,8 @@ class TestRun:
                     drop(file.fileno())
                     assert FileResidency(file.fileno()).resident_bytes(0, self.SIZE_BYTES) == 0
             cgroup = make_v2_cgroup(self.LIMIT_BYTES)
-            report = self.run(cgroup, plain, expected, tmp_path / "report.json")
+            wanted = {"model_bytes": len(paths) * self.SIZE_BYTES} if mode == "record" else {"bytes_evicted": 1}
+            report = self.run(cgroup, plain, expected, tmp_path / "report.json", wanted)
             assert report["mode"] == mode
             assert report["memory_source"] == f"cgroup v2 /{cgroup.name}"
             assert 0 < int(str(report["budget_bytes"])) < len(paths) * self.SIZE_BYTES
@@ -226,21 +226,14 @@ class TestRun:
             assert (events["oom"], events["oom_kill"]) == ("0", "0")
         assert int(str(report["bytes_evicted"])) > 0  # behind the reader, before the kernel had to
 
-    def run(self, cgroup: Path, command: list[str], expected: str, report: Path) -> dict[str, object]:
+    def run(
+        self, cgroup: Path, command: list[str], expected: str, report: Path, wanted: dict[str, int]
+    ) -> dict[str, object]:
         tasks = cgroup / "cgroup.procs"
-        with subprocess.Popen(
-            [PENSTOCK, "run", "--service", "small", "--report", str(report), "--", *command],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            preexec_fn=lambda: tasks.write_text(str(os.getpid())),
-        ) as running:  # fmt: skip
-            wait_until_observed(running.pid)
-            assert running.stdin is not None
-            assert running.stdout is not None
-            running.stdin.write("go\n")
-            running.stdin.flush()
-            assert running.stdout.readline() == expected
-            time.sleep(LOOKING_S)
-            _, errors = running.communicate(timeout=DEADLINE_S)
-        assert running.returncode == 0, errors
+        line, _ = run_observed(
+            [PENSTOCK, "run", "--service", "small", "--report", report, "--", *command],
+            report, preexec_fn=lambda: tasks.write_text(str(os.getpid())), **wanted,
+        )  # fmt: skip
+        assert line == expected
         body: dict[str, object] = json.loads(report.read_text())
         return body

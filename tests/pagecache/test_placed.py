@@ -51,7 +51,8 @@ while not os.path.exists(sys.argv[1]):
 with open(sys.argv[2], "rb", buffering=0) as file:
     while file.read(1 << 20):
         pass
-    time.sleep(5)  # it serves: one that has ended is seen no more, and penstock may have been waiting for a CPU
+    while os.path.exists(sys.argv[1]):  # it serves
+        time.sleep(0.05)
 '''
 workers = [
     subprocess.Popen([sys.executable, "-S", "-c", code, sys.argv[1], path], env={**os.environ, "LOCAL_RANK": str(rank)})
@@ -264,27 +265,31 @@ def test_penstock_run_places_for_each_worker(files: list[Path], tmp_path: Path) 
     root = make_nvidia(tmp_path / "root")
     launcher, go = tmp_path / "launcher.py", tmp_path / "go"
     launcher.write_text(LAUNCHER)
-    command = [PENSTOCK, "run", "--templates", str(tmp_path / "templates"), "--report", str(tmp_path / "report")]
+    report = tmp_path / "report.json"
+    command = [PENSTOCK, "run", "--templates", str(tmp_path / "templates"), "--report", str(report)]
     command += ["--", sys.executable, "-S", str(launcher), str(go), *map(str, files)]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "0,1", "HOME": str(tmp_path)}
     with mounted(root / "proc/driver", "/proc/driver"), mounted(root / "sys/bus/pci/devices", "/sys/bus/pci/devices"):
-        with subprocess.Popen(command, env=environment) as recording:
-            wait_until_observed(recording.pid)
-            go.touch()
-            assert recording.wait(DEADLINE_S) == 0
-        go.unlink()
-        make_cold(files)
-        with subprocess.Popen(command, env=environment) as replaying:
-            deadline = time.monotonic() + DEADLINE_S
-            while not all(is_cached(path) for path in files):
-                assert time.monotonic() < deadline, "the template is not prefetched"
-                time.sleep(0.05)
-            go.touch()
-            assert replaying.wait(DEADLINE_S) == 0
-    report = json.loads((tmp_path / "report").read_text())
-    assert report["mode"] == "replay"
+        for mode in ("record", "replay"):
+            make_cold(files)
+            with subprocess.Popen(command, env=environment) as running:
+                if mode == "replay":
+                    wait_until_cached(files)  # before they are read
+                assert wait_until_observed(str(report))
+                go.touch()
+                assert wait_until_observed(str(report), bytes_accessed=len(files) * SIZE_BYTES)
+                go.unlink()
+                assert running.wait(DEADLINE_S) == 0
+            assert json.loads(report.read_text())["mode"] == mode
     shares = [share_on(path, node) for node, path in enumerate(files)]
     assert min(shares) >= 0.99, (shares, [path.read_text() for path in (tmp_path / "templates").iterdir()])
+
+
+def wait_until_cached(paths: list[Path]) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not all(map(is_cached, paths)):
+        assert time.monotonic() < deadline, "the template is not prefetched"
+        time.sleep(0.05)
 
 
 def is_cached(path: Path) -> bool:

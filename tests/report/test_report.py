@@ -63,6 +63,7 @@ def test_json_has_the_documented_keys() -> None:
     [
         REPORT,
         replace(REPORT, mode="observe", first_access_s=None, last_access_s=None, bytes_accessed=0),
+        replace(REPORT, exit_code=None),
         replace(REPORT, warnings=("größer als gedacht", "second"), timeline=()),
     ],
 )
@@ -85,7 +86,7 @@ def test_keys_of_a_later_penstock_are_passed_over() -> None:
         ({"version": 2}, "report version 2"),
         ({"wall_s": "long"}, "'wall_s' is not float"),
         ({"bytes_accessed": 1.5}, "'bytes_accessed' is not int"),
-        ({"exit_code": True}, "'exit_code' is not int"),
+        ({"exit_code": True}, "'exit_code' is not int | None"),
         ({"mode": "guess"}, "'mode' is not Mode: ValueError: got 'guess'"),
         ({"warnings": "none"}, "'warnings' is not"),
         ({"timeline": [{"t_s": 0}]}, "'timeline' is not"),

@@ -60,7 +60,9 @@ Examples:
     help="auto is tracefs for root where there is one, else /proc.",
 )
 @click.option("--templates", metavar="DIR", help="Where templates lie; a directory shared by nodes works.")
-@click.option("--report", type=click.Path(dir_okay=False), help="Write a JSON report here.")
+@click.option(
+    "--report", type=click.Path(dir_okay=False), help="Write a JSON report here, at the end and while COMMAND runs."
+)
 @click.option("--plot", type=click.Path(dir_okay=False), help="Draw the run into this PNG.")
 @click.option("--quiet", "-q", is_flag=True, help="Say nothing on stderr unless something is wrong.")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import time
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from penstock.pagecache.base import Policy
     from penstock.pagecache.runtime import Outcome
     from penstock.pagecache.session import Session
+    from penstock.report.report import Report
 
 
 def own_policy(options: RunOptions) -> Policy | None:
@@ -39,22 +41,23 @@ def supervise(launched: Launched, policy: Policy | None = None) -> NoReturn:
         policy: one of the user's own; None for the built-in one that the options name.
     """
     session: Session | None = None
+    teller = _Teller(launched)
     try:
-        session = _begin(launched, policy)
+        session = _begin(launched, policy, teller)
     except Exception as error:  # noqa: BLE001 — whatever it is, the program goes on without us
         launched.release()
         say(f"penstock: not prefetching: {type(error).__name__}: {error}")
     exit_code = launched.wait()
-    wall_s = time.monotonic() - launched.started_s
+    teller.program_ended()
     if session is not None:
         try:
-            _tell(launched.options, session, session.finish(), exit_code, wall_s)
+            teller.end(session, session.finish(), exit_code)
         except Exception as error:  # noqa: BLE001 — the exit status is the program's
             say(f"penstock: no report: {type(error).__name__}: {error}")
     os._exit(exit_code)  # a policy that never returns may still hold a thread
 
 
-def _begin(launched: Launched, policy: Policy | None) -> Session:
+def _begin(launched: Launched, policy: Policy | None, teller: _Teller) -> Session:
     options = launched.options
     if options.policy == "native":
         launched.run_ahead()
@@ -93,7 +96,9 @@ def _begin(launched: Launched, policy: Policy | None) -> Session:
         launched.instance,
         launched.environment,
         launched.started_s,
+        teller.progress,
     )
+    teller.session = session
     if launched.reason and options.observer == "auto":
         session.warnings.append(f"observing through /proc, because tracefs is not usable: {launched.reason}")
     session.begin()
@@ -102,44 +107,77 @@ def _begin(launched: Launched, policy: Policy | None) -> Session:
     return session
 
 
-def _tell(options: RunOptions, session: Session, outcome: Outcome, exit_code: int, wall_s: float) -> None:
-    from pathlib import Path
+class _Teller:
+    """Says what a run did: in its report while it goes on, and everywhere at its end.
 
-    from penstock.report.report import Report, summary_lines
+    Attributes:
+        session: given before it begins.
+    """
 
-    report = Report(
-        service=session.service,
-        mode=session.mode,
-        policy=options.policy,
-        observer=session.observer,
-        exit_code=exit_code,
-        wall_s=wall_s,
-        first_access_s=outcome.first_access_s,
-        last_access_s=outcome.last_access_s,
-        bytes_accessed=outcome.accessed_bytes,
-        bytes_prefetched=outcome.prefetched_bytes,
-        bytes_prefetched_unused=outcome.prefetched_unused_bytes,
-        bytes_evicted=outcome.evicted_bytes,
-        bytes_device_read=outcome.device_read_bytes,
-        peak_resident_bytes=outcome.peak_resident_bytes,
-        warnings=tuple(session.warnings),
-        timeline=outcome.timeline,
-        command=options.command,
-        model_bytes=session.final_model_bytes,
-        loader_method=outcome.loader_method,
-        residency_method=outcome.residency_method,
-        memory_source=outcome.budget.source,
-        budget_bytes=outcome.budget.bytes,
-    )
-    if options.report is not None:
-        report.save(Path(options.report))
-    if not options.quiet or session.warnings:
-        for line in summary_lines(report):
-            say(line)
-    if options.plot is not None:
-        from penstock.report.plot import label, plot
+    def __init__(self, launched: Launched) -> None:
+        self.session: Session | None = None
+        self._launched = launched
+        self._options = launched.options
+        self._wall_s: float | None = None
 
-        plot([(label(report), report)], Path(options.plot), _device_limit(session))
+    def program_ended(self) -> None:
+        """What happens from now on is the end's to tell."""
+        self._wall_s = time.monotonic() - self._launched.started_s
+
+    def progress(self) -> None:
+        """Write the report of a run that goes on, in the session's thread; what hinders that is said at the end."""
+        if self._options.report is None or self.session is None or self._wall_s is not None:
+            return
+        report = self._report(self.session, self.session.outcome(), self.session.model_bytes(), None)
+        with contextlib.suppress(OSError):
+            report.save(self._options.report)
+
+    def end(self, session: Session, outcome: Outcome, exit_code: int) -> None:
+        """Write the report, say it in two lines and draw it, as far as each is wanted."""
+        from penstock.report.report import summary_lines
+
+        options = self._options
+        report = self._report(session, outcome, session.final_model_bytes, exit_code)
+        if options.report is not None:
+            report.save(options.report)
+        if not options.quiet or session.warnings:
+            for line in summary_lines(report):
+                say(line)
+        if options.plot is not None:
+            from pathlib import Path
+
+            from penstock.report.plot import label, plot
+
+            plot([(label(report), report)], Path(options.plot), _device_limit(session))
+
+    def _report(self, session: Session, outcome: Outcome, model_bytes: int, exit_code: int | None) -> Report:
+        from penstock.report.report import Report
+
+        wall_s = self._wall_s
+        return Report(
+            service=session.service,
+            mode=session.mode,
+            policy=self._options.policy,
+            observer=session.observer,
+            exit_code=exit_code,
+            wall_s=time.monotonic() - self._launched.started_s if wall_s is None else wall_s,
+            first_access_s=outcome.first_access_s,
+            last_access_s=outcome.last_access_s,
+            bytes_accessed=outcome.accessed_bytes,
+            bytes_prefetched=outcome.prefetched_bytes,
+            bytes_prefetched_unused=outcome.prefetched_unused_bytes,
+            bytes_evicted=outcome.evicted_bytes,
+            bytes_device_read=outcome.device_read_bytes,
+            peak_resident_bytes=outcome.peak_resident_bytes,
+            warnings=tuple(dict.fromkeys((*session.warnings, *outcome.warnings))),
+            timeline=outcome.timeline,
+            command=self._options.command,
+            model_bytes=model_bytes,
+            loader_method=outcome.loader_method,
+            residency_method=outcome.residency_method,
+            memory_source=outcome.budget.source,
+            budget_bytes=outcome.budget.bytes,
+        )
 
 
 def _device_limit(session: Session) -> float | None:

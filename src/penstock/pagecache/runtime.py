@@ -82,6 +82,7 @@ class Runtime:
             for a while, before there is an observer, to keep for it what the kernel records.
         sampling: keep a timeline.
         clock_start_s: time.monotonic() of the program's start.
+        on_observing: called once, when everything that the program reads from now on is seen.
         on_quiet: called each time that reading has stopped for a while: a service reads once and then serves for
             days, and may be killed with penstock.
         pids: the program's processes: what they read from the device is not for others.
@@ -102,6 +103,7 @@ class Runtime:
         collect: Callable[[], None] | None = None,
         sampling: bool = False,
         clock_start_s: float | None = None,
+        on_observing: Callable[[], None] = lambda: None,
         on_quiet: Callable[[], None] = lambda: None,
         pids: Callable[[], Iterable[int]] = lambda: (),
     ) -> None:
@@ -120,6 +122,7 @@ class Runtime:
         self._collect = collect
         self._sampling = sampling
         self._next_sample_s = 0.0
+        self._on_observing = on_observing
         self._on_quiet = on_quiet
         self._pids = pids
         self._began_s = time.monotonic() if clock_start_s is None else clock_start_s
@@ -157,6 +160,10 @@ class Runtime:
                 text = f"the policy's {hook} has not returned for {time.monotonic() - since:.1f} s; it was left behind"
             self._warnings.append(text)
         self._loader.close(0.5)
+        return self.outcome()
+
+    def outcome(self) -> Outcome:
+        """What the run did so far; while it runs, for `on_observing` and `on_quiet` to ask."""
         loaded = self._loader.statistics()
         totals = self._ledger.totals()
         warnings = [*self._warnings, *loaded.warnings, *(self._observer.warnings if self._observer else ())]
@@ -184,6 +191,7 @@ class Runtime:
             if self._collect is not None:
                 self._wait_patiently(self._collect)
             self._observer = self._make_observer()
+            self._on_observing()
             self._loop(self._observer)
         except Exception as error:  # noqa: BLE001 — the program must not notice
             self._warnings.append(f"penstock stopped prefetching: {type(error).__name__}: {error}")

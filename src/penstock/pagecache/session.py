@@ -55,6 +55,8 @@ class Session:
         instance: a tracefs instance that follows it already; None observes through /proc.
         environment: the program's.
         started_s: time.monotonic() of its start.
+        on_progress: called, in a thread of the session's, once the program is observed and each time that it has
+            read something and then stopped for a while: `outcome` may be asked then.
     """
 
     def __init__(
@@ -65,12 +67,13 @@ class Session:
         instance: Instance | None,
         environment: Mapping[str, str],
         started_s: float,
+        on_progress: Callable[[], None] = lambda: None,
     ) -> None:
         self._options = options
         self._policy = policy
         self._pid = pid
         self._environment = environment
-        self._started_s = started_s
+        self._on_progress = on_progress
         self.warnings: list[str] = []
         self.final_model_bytes = 0  # what `model_bytes` was at the end
         self._files = ModelFiles(options.models)
@@ -100,7 +103,8 @@ class Session:
             node_of_worker=self._node_finder(),
             sampling=options.sampling,
             clock_start_s=started_s,
-            on_quiet=self._store_template,
+            on_observing=on_progress,
+            on_quiet=self._quiet,
             pids=self._pids,
         )
 
@@ -117,6 +121,14 @@ class Session:
     def begin(self) -> None:
         """Start prefetching and observing."""
         self._runtime.start()
+
+    def outcome(self) -> Outcome:
+        """What the run did so far; only for `on_progress` to ask."""
+        return self._runtime.outcome()
+
+    def _quiet(self) -> None:
+        self._store_template()
+        self._on_progress()
 
     def finish(self) -> Outcome:
         """The program has ended: store what was recorded and take everything back."""

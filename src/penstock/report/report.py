@@ -29,13 +29,13 @@ _PAST: dict[Mode, str] = {"record": "recorded", "replay": "replayed", "observe":
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """One run of a program under penstock. Times are seconds since the program's start."""
+    """One run of a program under penstock, ended or going on. Times are seconds since the program's start."""
 
     service: str
     mode: Mode
     policy: str
     observer: str
-    exit_code: int
+    exit_code: int | None  # None while the program runs
     wall_s: float
     first_access_s: float | None  # None where no model file was read
     last_access_s: float | None
@@ -204,6 +204,7 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     "str": _text,
     "int": _integer,
     "float": _number,
+    "int | None": lambda value: None if value is None else _integer(value),
     "float | None": lambda value: None if value is None else _number(value),
     "Mode": _mode,
     "tuple[str, ...]": lambda value: tuple(_text(entry) for entry in _list(value)),
