@@ -96,10 +96,10 @@ class Ledger:
                 self._waiting_bytes += record.waiting.add(low, high)
             return missing
 
-    def waiting(self, record: FileRecord) -> list[tuple[int, int]]:
-        """Parts of a file that are prefetched, or being so, and not yet accessed."""
+    def unread(self, record: FileRecord) -> list[tuple[int, int]]:
+        """Parts of a file that are cached, or being read in, whoever asked for them, and not accessed by anyone."""
         with self._lock:
-            return list(record.waiting)
+            return [part for start, stop in record.present for part in record.accessed.missing(start, stop)]
 
     def is_accessed(self, record: FileRecord, start: int, stop: int) -> bool:
         """Whether the program has read all of a range."""

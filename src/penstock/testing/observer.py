@@ -301,6 +301,13 @@ class ObserverTests:
 
     def test_pread_of_what_was_prefetched(self, tmp_path_factory: Any) -> None:
         """As the first run does ahead of a reader, while it records."""
+        self._pread_of_what_was_claimed(tmp_path_factory, is_read_by_the_loader=True)
+
+    def test_pread_of_what_was_to_be_prefetched(self, tmp_path_factory: Any) -> None:
+        """The reader was quicker."""
+        self._pread_of_what_was_claimed(tmp_path_factory, is_read_by_the_loader=False)
+
+    def _pread_of_what_was_claimed(self, tmp_path_factory: Any, *, is_read_by_the_loader: bool) -> None:
         with self.watch(tmp_path_factory) as (watched, first, _):
             watched.tell("open", first)
             watched.settle()
@@ -310,7 +317,7 @@ class ObserverTests:
             for start, stop in watched.ledger.claim(record, 3 * MiB, _SIZE_BYTES):
                 os.posix_fadvise(record.fd, start, stop - start, os.POSIX_FADV_WILLNEED)
                 assert len(os.pread(record.fd, stop - start, start)) == stop - start
-                watched.ledger.settle(record, start, stop, stop - start)
+                watched.ledger.settle(record, start, stop, (stop - start) * is_read_by_the_loader)
             watched.tell("pread", first, 3 * MiB, 8 * MiB)
             watched.expect(first, [(0, 8 * MiB)])
 

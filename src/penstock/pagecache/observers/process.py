@@ -147,8 +147,11 @@ class ProcessObserver(Observer):
         return next((n for n in range(len(self._groups)) if n not in taken), 0)
 
     def _grown(self, pid: int, count: int, files: Sequence[ModelFile]) -> list[Observed]:
-        """What of the open files is resident and not yet accounted for; if fewer bytes, of what was prefetched too."""
-        found, prefetched = [], []
+        """What of the open files is resident and not yet accounted for; if that is too little, of all that is cached.
+
+        Of that too: what the loader claimed and then found to be read in, perhaps by this process, counts as cached.
+        """
+        found, cached = [], []
         for file in dict.fromkeys(files):
             try:
                 record = self._ledger.record(file)
@@ -156,9 +159,9 @@ class ProcessObserver(Observer):
                 continue
             for low, high in record.present.missing(0, file.size_bytes):
                 found += [Observed(pid, file, a, b) for a, b in _resident(record.residency, record.fd, low, high)]
-            prefetched += [(file, low, high) for low, high in self._ledger.waiting(record)]
+            cached += [(file, low, high) for low, high in self._ledger.unread(record)]
         left = count - self._owed.get(pid, 0) - sum(part.stop - part.start for part in found)
-        for file, low, high in prefetched:
+        for file, low, high in cached:
             if left <= 0:
                 break
             stop = min(high, low + left)
