@@ -22,7 +22,7 @@ _DISK_BYTES = 64 * MiB
 _MEMORY_MIB = 512
 _FIRST_S = 120  # until the first generation is told
 _LONGEST_S = 1.5  # from then to the cut
-_EARLIER = 2  # cuts at random earlier moments of the same log
+_EARLIER = 4  # cuts at random earlier moments of the same log
 
 
 @dataclass(slots=True)
