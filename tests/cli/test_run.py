@@ -379,6 +379,24 @@ def test_a_replaced_file_makes_the_template_stale_and_is_recorded_anew(
     assert read(tmp_path / "report.json")["mode"] == "replay"
 
 
+def test_a_template_of_less_than_is_read_is_recorded_anew(tmp_path: Path, model: Path, reader: Path) -> None:
+    part = tmp_path / "part"
+    part.mkdir()
+    (part / "model-00001-of-00002.safetensors").symlink_to(model / "model-00001-of-00002.safetensors")
+    options = ("--service", "s", "--templates", tmp_path / "t", "--model", model, "--")
+    store = TemplateStore(tmp_path / "t")
+    sizes = []
+    for directory in (part, model, model):
+        make_cold(model)
+        assert run(*options, sys.executable, reader, directory, report=tmp_path / "report.json").returncode == 0
+        template = store.load("s")
+        assert template is not None
+        sizes.append(template.bytes_read)
+    report = read(tmp_path / "report.json")
+    assert sizes == [BYTES, 2 * BYTES, 2 * BYTES]
+    assert (report["mode"], unexpected_warnings(report)) == ("replay", [])
+
+
 def test_a_file_truncated_since_the_recording(tmp_path: Path, model: Path, reader: Path) -> None:
     command = ("--", sys.executable, reader, model)
     assert run(*command).returncode == 0

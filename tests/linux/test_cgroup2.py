@@ -216,7 +216,7 @@ class TestRun:
                     drop(file.fileno())
                     assert FileResidency(file.fileno()).resident_bytes(0, self.SIZE_BYTES) == 0
             cgroup = make_v2_cgroup(self.LIMIT_BYTES)
-            wanted = {"model_bytes": len(paths) * self.SIZE_BYTES} if mode == "record" else {"bytes_evicted": 1}
+            wanted = {"bytes_accessed": len(paths) * self.SIZE_BYTES, "bytes_evicted": int(mode == "replay")}
             report = self.run(cgroup, plain, expected, tmp_path / "report.json", wanted)
             assert report["mode"] == mode
             assert report["memory_source"] == f"cgroup v2 /{cgroup.name}"

@@ -22,12 +22,16 @@ from penstock.pagecache.recorder import Recorder
 from penstock.pagecache.runtime import CacheMode, Outcome, Runtime
 from penstock.pagecache.service import service_id
 from penstock.pagecache.template import Template, TemplateStore
+from penstock.units import MiB
 
 if TYPE_CHECKING:
     from penstock.linux.tracefs import Instance
     from penstock.pagecache.observers.base import Observer
 
 Mode = Literal["record", "replay", "observe"]
+
+_GROWN_BYTES = 16 * MiB  # with this much, and that share, read beyond what the template says, it is recorded anew
+_GROWN_SHARE = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +141,8 @@ class Session:
         self.warnings += outcome.warnings
         if self._policy.mismatch:
             self.warnings.append(f"the template did not fit this run ({self._policy.mismatch}); recorded anew")
+        elif self._template_is_short():
+            self.warnings.append("the template was of less than this run read; recorded anew")
         self._store_template()
         if self._observer is not None:
             with contextlib.suppress(OSError):
@@ -155,7 +161,8 @@ class Session:
         """What the program will read: the template's, or the files that go with those it has read."""
         if self._template is not None:
             files = {identity.name: identity.size_bytes for identity in self._template.files}
-            return min(self._template.bytes_read, sum(files.values()))
+            recorded = min(self._template.bytes_read, sum(files.values()))
+            return max(recorded, self._ledger.totals().accessed_bytes)
         return sum(file.size_bytes for file in self._files_to_be_read())
 
     def _files_to_be_read(self) -> list[ModelFile]:
@@ -279,9 +286,18 @@ class Session:
 
         return node
 
+    def _template_is_short(self) -> bool:
+        """Whether the program has read notably more than is recorded: that run may have been ended, or not seen."""
+        if self._template is None:
+            return False
+        accessed = self._ledger.totals().accessed_bytes
+        return accessed > self._template.bytes_read * (1 + _GROWN_SHARE) + _GROWN_BYTES
+
     def _store_template(self) -> None:
         """Write the template once reading has stopped for a while, and again at the end if more was read."""
-        if self.mode == "observe" or (self.mode == "replay" and not self._policy.mismatch):
+        if self.mode == "observe":
+            return
+        if self.mode == "replay" and not self._policy.mismatch and not self._template_is_short():
             return
         try:
             roots = [str(root) for root in self._files.roots]
