@@ -189,7 +189,7 @@ def test_a_service_that_runs_on_has_its_template_stored(
     )  # fmt: skip
     store = TemplateStore(tmp_path / "t")
     assert wait_until_observed(str(tmp_path / "report.json"), bytes_accessed=2 * BYTES), "no report while it runs"
-    assert store.path("s").exists(), "no template was stored while the program ran"
+    wait_until(lambda: store.path("s").exists(), "no template was stored while the program ran")
     process.communicate("x", timeout=DEADLINE_S)
     report = read(tmp_path / "report.json")
     assert (report["observer"], report["model_bytes"], report["exit_code"]) == (observer, 2 * BYTES, 0)

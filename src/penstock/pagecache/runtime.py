@@ -82,7 +82,7 @@ class Runtime:
             for a while, before there is an observer, to keep for it what the kernel records.
         sampling: keep a timeline.
         clock_start_s: time.monotonic() of the program's start.
-        on_observing: called once, when everything that the program reads from now on is seen.
+        on_observing: called once, after the first poll: what the program's open files are read from now on is seen.
         on_quiet: called each time that reading has stopped for a while: a service reads once and then serves for
             days, and may be killed with penstock.
         pids: the program's processes: what they read from the device is not for others.
@@ -191,7 +191,6 @@ class Runtime:
             if self._collect is not None:
                 self._wait_patiently(self._collect)
             self._observer = self._make_observer()
-            self._on_observing()
             self._loop(self._observer)
         except Exception as error:  # noqa: BLE001 — the program must not notice
             self._warnings.append(f"penstock stopped prefetching: {type(error).__name__}: {error}")
@@ -211,7 +210,7 @@ class Runtime:
 
     def _loop(self, observer: Observer) -> None:
         next_govern = 0.0
-        told_quiet = False
+        told_observing = told_quiet = False
         while True:
             ending = self._stopping.is_set()
             now = time.monotonic()
@@ -225,6 +224,9 @@ class Runtime:
             self._sample_in_time(now, is_last=ending)
             if ending:
                 break
+            if not told_observing:
+                told_observing = True
+                self._on_observing()
             quiet_s = now - self._began_s - (self._last_access_s or 0.0)
             if observed:
                 told_quiet = False
