@@ -20,7 +20,7 @@ help:
 	@echo 'make test    run all tests                   (ARGS="-k loader" for some)'
 	@echo 'make check   ruff and mypy'
 	@echo 'make bench   measure, in a short suite       (BENCH_ARGS="--size 6GiB --suite all" for all of it)'
-	@echo 'make rig     NUMA nodes, NVMe drives, older kernels and power cuts, in virtual machines, in twelve minutes'
+	@echo 'make rig     NUMA nodes, NVMe drives, older kernels and power cuts, in virtual machines, in eleven minutes'
 	@echo 'make docs    generate docs/cli.md'
 	@echo 'make clean   remove .venv and all that tools have left'
 
