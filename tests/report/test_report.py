@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,6 +73,19 @@ def test_reads_back_what_it_wrote(report: Report, tmp_path: Path) -> None:
     report.save(path)
     assert Report.load(path) == report
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_device_stays_one(tmp_path: Path) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        replace(REPORT, timeline=()).save(path)
+        assert path.is_fifo()
+        assert Report.from_json(os.read(reader, 65536).decode()) == replace(REPORT, timeline=())
+    finally:
+        os.close(reader)
+    assert os.listdir(tmp_path) == ["pipe"]
 
 
 def test_keys_of_a_later_penstock_are_passed_over() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -119,18 +120,27 @@ class _Teller:
         self._launched = launched
         self._options = launched.options
         self._wall_s: float | None = None
+        self._writing = threading.Lock()  # a progress that is left behind must not come after the end
+        self._is_told = False
 
     def program_ended(self) -> None:
         """What happens from now on is the end's to tell."""
         self._wall_s = time.monotonic() - self._launched.started_s
 
     def progress(self) -> None:
-        """Write the report of a run that goes on, in the session's thread; what hinders that is said at the end."""
-        if self._options.report is None or self.session is None or self._wall_s is not None:
+        """Write the report of a run that goes on, in the session's thread; what hinders that is said at the end.
+
+        Not to a pipe or a device: it would be read twice, and a pipe that nobody reads would hold the prefetch up.
+        """
+        path = self._options.report
+        if path is None or self.session is None or self._wall_s is not None:
             return
-        report = self._report(self.session, self.session.outcome(), self.session.model_bytes(), None)
-        with contextlib.suppress(OSError):
-            report.save(self._options.report)
+        if os.path.exists(path) and not os.path.isfile(path):
+            return
+        with contextlib.suppress(Exception), self._writing:
+            report = self._report(self.session, self.session.outcome(), self.session.model_bytes(), None)
+            if not self._is_told:
+                report.save(path)
 
     def end(self, session: Session, outcome: Outcome, exit_code: int) -> None:
         """Write the report, say it in two lines and draw it, as far as each is wanted."""
@@ -138,8 +148,10 @@ class _Teller:
 
         options = self._options
         report = self._report(session, outcome, session.final_model_bytes, exit_code)
-        if options.report is not None:
-            report.save(options.report)
+        with self._writing:
+            self._is_told = True
+            if options.report is not None:
+                report.save(options.report)
         if not options.quiet or session.warnings:
             for line in summary_lines(report):
                 say(line)

@@ -107,12 +107,15 @@ class Report:
             raise ReportError(f"{path}: not text ({error})") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the report beside its place and move it there.
+        """Write the report beside its place and move it there; into a pipe or a device, as it is.
 
         Raises:
             OSError: the disk is full or the directory is not writable; what was at the path is untouched.
         """
         target = Path(path)
+        if target.exists() and not target.is_file():  # a file in place of /dev/null would be everybody's loss
+            target.write_text(self.to_json(), encoding="utf-8")
+            return
         partial = target.with_name(f".{target.name}.{os.getpid()}")
         try:
             partial.write_text(self.to_json(), encoding="utf-8")
