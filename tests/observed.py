@@ -6,8 +6,11 @@ What a test program may need itself is imported in the function: its source is f
 from __future__ import annotations
 
 import subprocess
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from penstock.linux.pagecache import mincore
 
 DEADLINE_S = 120.0
 
@@ -28,6 +31,19 @@ def wait_until_observed(report: str, **at_least: int) -> bool:
             pass
         time.sleep(0.05)
     return False
+
+
+def wait_until_cached(paths: Sequence[Path]) -> None:
+    """Wait until all of the files is in the page cache."""
+    deadline = time.monotonic() + DEADLINE_S
+    while not all(map(_is_cached, paths)):
+        assert time.monotonic() < deadline, "it is not prefetched"
+        time.sleep(0.05)
+
+
+def _is_cached(path: Path) -> bool:
+    with path.open("rb") as file:
+        return bool(mincore(file.fileno(), 0, path.stat().st_size).all())
 
 
 def run_observed(

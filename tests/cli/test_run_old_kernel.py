@@ -6,18 +6,17 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
 from tests.contents import contents
-from tests.observed import DEADLINE_S, run_observed
+from tests.observed import run_observed, wait_until_cached
 from tests.tracing import open_tracefs
 
 from penstock.linux import pagemap
-from penstock.linux.pagecache import FileResidency, drop, probe
+from penstock.linux.pagecache import drop, probe
 from penstock.linux.tracefs import ACCESS_EVENTS
 from penstock.pagecache.template import TemplateStore
 from penstock.units import MiB
@@ -87,15 +86,6 @@ def make_cold(path: Path) -> None:
         drop(file.fileno())
 
 
-def wait_until_cached(path: Path) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    with path.open("rb") as file:
-        residency = FileResidency(file.fileno())
-        while residency.resident_bytes(0, SIZE_BYTES) < SIZE_BYTES:
-            assert time.monotonic() < deadline, "it is not prefetched"
-            time.sleep(0.1)
-
-
 @pytest.mark.parametrize("means", sorted(READERS))
 def test_it_records_and_replays(tmp_path: Path, model: Path, means: str) -> None:
     store = TemplateStore(tmp_path / "templates")
@@ -108,7 +98,7 @@ def test_it_records_and_replays(tmp_path: Path, model: Path, means: str) -> None
         options = ["--service", means, "--templates", str(tmp_path / "templates"), "--report", str(report)]
         line, errors = run_observed(
             [PENSTOCK, "run", *options, "--", *plain], report,
-            ready=partial(wait_until_cached, model) if mode == "replay" else None,  # what is not read yet
+            ready=partial(wait_until_cached, [model]) if mode == "replay" else None,  # what is not read yet
             bytes_accessed=SIZE_BYTES,
         )  # fmt: skip
         assert line == expected

@@ -8,18 +8,17 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from tests.contents import contents
-from tests.observed import wait_until_observed
+from tests.observed import wait_until_cached, wait_until_observed
 from tests.pagecache.topology import make_amd, make_ascend, make_nvidia
 
 from penstock.linux import numa
-from penstock.linux.pagecache import drop, mincore
+from penstock.linux.pagecache import drop
 from penstock.linux.window import FileWindow
 from penstock.pagecache.base import Prefetch
 from penstock.pagecache.files import ModelFiles
@@ -283,15 +282,3 @@ def test_penstock_run_places_for_each_worker(files: list[Path], tmp_path: Path) 
             assert json.loads(report.read_text())["mode"] == mode
     shares = [share_on(path, node) for node, path in enumerate(files)]
     assert min(shares) >= 0.99, (shares, [path.read_text() for path in (tmp_path / "templates").iterdir()])
-
-
-def wait_until_cached(paths: list[Path]) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not all(map(is_cached, paths)):
-        assert time.monotonic() < deadline, "the template is not prefetched"
-        time.sleep(0.05)
-
-
-def is_cached(path: Path) -> bool:
-    with path.open("rb") as file:
-        return bool(mincore(file.fileno(), 0, SIZE_BYTES).all())
