@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import mmap
 import os
@@ -261,6 +262,26 @@ def test_tensors_come_as_they_land(tmp_path: Path, engine: Engine, small_reads: 
     assert seen == ["empty", *(name for name, _, _ in MIXED if name != "empty")]
     assert sum(told) >= path.stat().st_size - 64 * 1024
     assert all(part >= 0 for part in told)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_collector_goes_on_afterwards(tmp_path: Path, enabled: bool) -> None:
+    write(tmp_path / "model.safetensors", MIXED)
+    (tmp_path / "damaged.safetensors").write_bytes(b"nothing")
+    seen = []
+    try:
+        if not enabled:
+            gc.disable()
+        load_checkpoint(
+            tmp_path / "model.safetensors", framework=Plain(), progress=lambda _: seen.append(gc.isenabled())
+        )
+        assert gc.isenabled() is enabled
+        with pytest.raises(CheckpointError):
+            load_file(tmp_path / "damaged.safetensors", framework=Plain())
+        assert gc.isenabled() is enabled
+    finally:
+        gc.enable()
+    assert not any(seen)
 
 
 def test_leaving_early_leaves_nothing(tmp_path: Path, engine: Engine, small_reads: None) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from penstock.checkpoint import gguf, safetensors
-from penstock.checkpoint.base import Header, TensorInfo, open_regular
+from penstock.checkpoint.base import Header, TensorInfo, collection_paused, open_regular
 from penstock.errors import CheckpointError
 
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -49,7 +49,11 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         CheckpointError: there is no checkpoint, it is damaged, or its shards and its index differ.
         OSError: it cannot be read.
     """
-    path = Path(path)
+    with collection_paused():
+        return _open(Path(path))
+
+
+def _open(path: Path) -> Checkpoint:
     if path.is_dir():
         index, files = files_in(path)
     elif path.name.endswith(INDEX_SUFFIX):

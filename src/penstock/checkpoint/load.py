@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from penstock.checkpoint.base import TensorInfo
+from penstock.checkpoint.base import TensorInfo, collection_paused
 from penstock.checkpoint.files import Checkpoint, open_checkpoint
 from penstock.checkpoint.frameworks import Framework, FrameworkName, Torch, framework_named
 from penstock.checkpoint.plan import UNBOUNDED, Runs, Slice, Span, rounds, runs, spans
@@ -105,9 +105,12 @@ def load_checkpoint(
         MemoryError: they take more memory than there is, in the host or in a cgroup of this process.
     """
     found = Tensors()
-    with CheckpointLoad(
-        path, device=device, names=names, slices=slices, framework=framework, engine=engine, progress=progress
-    ) as load:
+    with (
+        collection_paused(),
+        CheckpointLoad(
+            path, device=device, names=names, slices=slices, framework=framework, engine=engine, progress=progress
+        ) as load,
+    ):
         load.require_memory()
         found.update(load)
     found.statistics = load.statistics()
