@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
+import subprocess
 import sys
 from dataclasses import dataclass
 from importlib import metadata
@@ -19,6 +21,7 @@ class Machine:
     """Where a benchmark ran."""
 
     processor: str
+    accelerator: str
     memory: str
     kernel: str
     file_system: str
@@ -31,6 +34,7 @@ class Machine:
         """Names and values for a table's head."""
         return [
             ("processor", self.processor),
+            *([("accelerator", self.accelerator)] if self.accelerator else []),
             ("memory", self.memory),
             ("kernel", self.kernel),
             ("file system", self.file_system),
@@ -46,6 +50,7 @@ def describe(directory: Path) -> Machine:
     queue = device / "queue"
     return Machine(
         processor=f"{os.cpu_count()} × {_processor()}",
+        accelerator=_accelerator(),
         memory=f"{format_size(meminfo('MemTotal'))}, swap {format_size(meminfo('SwapTotal'))}, "
         f"transparent huge pages {_selected(Path('/sys/kernel/mm/transparent_hugepage/enabled'))}",
         kernel=platform.release(),
@@ -66,6 +71,15 @@ def _processor() -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.machine()
+
+
+def _accelerator() -> str:
+    """NVIDIA's first, with its driver; "" where there is none."""
+    if shutil.which("nvidia-smi") is None:
+        return ""
+    command = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
+    return lines[0] if lines else ""
 
 
 def _file_system(directory: Path) -> str:

@@ -111,6 +111,9 @@ def _print(results: list[Result], cuts: list[CutResult], seconds: float) -> bool
     is_good = all(result.is_good for result in results) and not any(cut.wrong for cut in cuts)
     passed = sum(result.passed for result in results) + sum(not cut.wrong for cut in cuts)
     failed = sum(result.failed or not result.is_good for result in results) + sum(bool(cut.wrong) for cut in cuts)
+    for result in results:  # once more, where logs are cut to their end
+        if not result.is_good:
+            print(f"{result.job}: {(result.trouble or f'{result.failed} tests failed').splitlines()[0]}")
     print(f"rig: {seconds:.0f} s, {'good' if is_good else 'FAILED'}")
     print(f"{passed} passed, {failed} failed, {sum(result.skipped for result in results)} skipped")
     return is_good

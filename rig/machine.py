@@ -127,7 +127,7 @@ class Boot:
         try:
             return int((self.shared / "status").read_text())
         except (OSError, ValueError):
-            raise RigError(f"the machine ended before its command did:\n{self.tail()}") from None
+            raise RigError(f"the machine ended before its command did:\n{self.tail()}\n{self.console()}") from None
 
     @property
     def is_running(self) -> bool:
@@ -147,6 +147,11 @@ class Boot:
             if path.exists() and path.stat().st_size:
                 return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
         return "(it printed nothing)"
+
+    def console(self, lines: int = 30) -> str:
+        """The last lines of what its kernel and its emulator said."""
+        text = (self.directory / "console").read_text(errors="replace")
+        return "\n".join(f"console: {line}" for line in text.splitlines()[-lines:])
 
     def _close(self) -> None:
         self._tether.kill()

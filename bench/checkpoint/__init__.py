@@ -2,7 +2,8 @@
 
 Each arm is a process of its own, which imports what it needs, says so, and then waits: the files are made cold, or
 resident, only now. It then loads all tensors to the CPU; "loaded" means that every byte is in anonymous memory of the
-process, so what is mapped is copied. The arms:
+process, so what is mapped is copied. With ``--device cuda`` they are loaded to the GPU, and loaded means that it has
+done all it was asked for. The arms:
 
 - ``penstock``: `penstock.load_checkpoint`; ``penstock-threads``: the same without io_uring;
 - ``safetensors``: `safetensors.torch.load_file`, each tensor cloned (it maps the file);

@@ -1,4 +1,4 @@
-"""One arm in a process of its own: ``python -m bench.checkpoint.loaders ARM DIR [--hash]``.
+"""One arm in a process of its own: ``python -m bench.checkpoint.loaders ARM DIR DEVICE [--hash]``.
 
 Writes "ready", waits for a line, loads, and writes a JSON object.
 """
@@ -17,45 +17,45 @@ from typing import Any
 _PAGE_BYTES = 4096
 
 
-def _penstock(directory: Path, engine: str = "auto") -> Callable[[], dict[str, Any]]:
+def _penstock(directory: Path, device: str, engine: str = "auto") -> Callable[[], dict[str, Any]]:
     import torch
 
     import penstock
     from penstock.checkpoint import load
 
     del torch, load
-    return lambda: penstock.load_checkpoint(directory, engine=engine)
+    return lambda: penstock.load_checkpoint(directory, device=device, engine=engine)
 
 
-def _safetensors(directory: Path, backend: str = "mmap") -> Callable[[], dict[str, Any]]:
+def _safetensors(directory: Path, device: str, backend: str = "mmap") -> Callable[[], dict[str, Any]]:
     from safetensors.torch import load_file
 
     def load() -> dict[str, Any]:
         found = {}
         for path in _files(directory):
-            for name, tensor in load_file(path, backend=backend).items():
-                found[name] = tensor.clone() if backend == "mmap" else tensor
+            for name, tensor in load_file(path, device=device, backend=backend).items():
+                found[name] = tensor.clone() if (backend, device) == ("mmap", "cpu") else tensor
         return found
 
     return load
 
 
-def _runai(directory: Path) -> Callable[[], dict[str, Any]]:
+def _runai(directory: Path, device: str) -> Callable[[], dict[str, Any]]:
     from runai_model_streamer import SafetensorsStreamer
 
     def load() -> dict[str, Any]:
         with SafetensorsStreamer() as streamer:
             streamer.stream_files([str(path) for path in _files(directory)])
-            return dict(streamer.get_tensors())
+            return {name: tensor.to(device) for name, tensor in streamer.get_tensors()}
 
     return load
 
 
-def _fastsafetensors(directory: Path) -> Callable[[], dict[str, Any]]:
+def _fastsafetensors(directory: Path, device: str) -> Callable[[], dict[str, Any]]:
     from fastsafetensors import SafeTensorsFileLoader
 
     def load() -> dict[str, Any]:
-        loader = SafeTensorsFileLoader(None, device="cpu", nogds=True)
+        loader = SafeTensorsFileLoader(None, device=device, nogds=True)
         loader.add_filenames({0: [str(path) for path in _files(directory)]})
         buffers = loader.copy_files_to_device()
         found = {name: buffers.get_tensor(name) for name in loader.get_keys()}
@@ -65,8 +65,11 @@ def _fastsafetensors(directory: Path) -> Callable[[], dict[str, Any]]:
     return load
 
 
-def _readinto(directory: Path) -> Callable[[], dict[str, Any]]:
+def _readinto(directory: Path, device: str) -> Callable[[], dict[str, Any]]:
     import numpy as np
+
+    if device != "cpu":
+        import torch
 
     def load() -> dict[str, Any]:
         found = {}
@@ -76,7 +79,7 @@ def _readinto(directory: Path) -> Callable[[], dict[str, Any]]:
                 at = 0
                 while got := file.readinto(memory[at:].data):
                     at += got
-            found[f"/{path.name}"] = memory
+            found[f"/{path.name}"] = memory if device == "cpu" else torch.from_numpy(memory).to(device)
         return found
 
     return load
@@ -90,13 +93,14 @@ class _Model(dict[str, Any]):
         self.update(model.named_buffers())
         self._model = model
         for tensor in self.values():
-            _bytes_of(tensor)[::_PAGE_BYTES].tobytes()
+            if tensor.device.type == "cpu":
+                _bytes_of(tensor)[::_PAGE_BYTES].tobytes()
 
     def add_logits(self) -> None:
         import torch
 
         with torch.inference_mode():
-            self["logits"] = self._model(torch.arange(1, 9).unsqueeze(0)).logits
+            self["logits"] = self._model(torch.arange(1, 9, device=self._model.device).unsqueeze(0)).logits
 
 
 def _import_model(directory: Path) -> Any:
@@ -109,23 +113,32 @@ def _import_model(directory: Path) -> Any:
     return AutoModelForCausalLM
 
 
-def _transformers(directory: Path) -> Callable[[], dict[str, Any]]:
+def _transformers(directory: Path, device: str) -> Callable[[], dict[str, Any]]:
     auto = _import_model(directory)
-    return lambda: _Model(auto.from_pretrained(directory, dtype="auto"))
+    options = {} if device == "cpu" else {"device_map": {"": device}}
+    return lambda: _Model(auto.from_pretrained(directory, dtype="auto", **options))
 
 
-def _adapter(directory: Path) -> Callable[[], dict[str, Any]]:
+def _adapter(directory: Path, device: str) -> Callable[[], dict[str, Any]]:
     from penstock.adapters.transformers import from_pretrained
 
     auto = _import_model(directory)
-    return lambda: _Model(from_pretrained(auto, directory))
+    return lambda: _Model(from_pretrained(auto, directory, device=device))
 
 
-ARMS: dict[str, Callable[[Path], Callable[[], dict[str, Any]]]] = {
+def _penstock_threads(directory: Path, device: str) -> Callable[[], dict[str, Any]]:
+    return _penstock(directory, device, "threads")
+
+
+def _safetensors_pread(directory: Path, device: str) -> Callable[[], dict[str, Any]]:
+    return _safetensors(directory, device, "pread")
+
+
+ARMS: dict[str, Callable[[Path, str], Callable[[], dict[str, Any]]]] = {
     "penstock": _penstock,
-    "penstock-threads": lambda directory: _penstock(directory, "threads"),
+    "penstock-threads": _penstock_threads,
     "safetensors": _safetensors,
-    "safetensors-pread": lambda directory: _safetensors(directory, "pread"),
+    "safetensors-pread": _safetensors_pread,
     "runai": _runai,
     "fastsafetensors": _fastsafetensors,
     "readinto": _readinto,
@@ -162,6 +175,16 @@ def _hashes(found: dict[str, Any]) -> dict[str, str]:
     }
 
 
+def _synchronizing(device: str) -> Callable[[], None]:
+    """The device is ready, which takes seconds; what this returns waits until it has done everything."""
+    if device == "cpu":
+        return lambda: None
+    import torch
+
+    torch.ones(1, device=device)
+    return torch.accelerator.synchronize
+
+
 def _status(name: str) -> int:
     with open("/proc/self/status", encoding="ascii") as file:
         return next(int(line.split()[1]) << 10 for line in file if line.startswith(f"{name}:"))
@@ -169,7 +192,9 @@ def _status(name: str) -> int:
 
 def main() -> None:
     """One load."""
-    load = ARMS[sys.argv[1]](Path(sys.argv[2]))
+    device = sys.argv[3]
+    load = ARMS[sys.argv[1]](Path(sys.argv[2]), device)
+    synchronize = _synchronizing(device)
     print("ready", flush=True)
     sys.stdin.readline()
     with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
@@ -178,6 +203,7 @@ def main() -> None:
     cpu = os.times()
     begun_s = time.perf_counter()
     found = load()
+    synchronize()
     seconds = time.perf_counter() - begun_s
     after = os.times()
     answer: dict[str, Any] = {

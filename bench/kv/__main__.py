@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,6 +20,7 @@ from rich.table import Table
 from bench.direct import bandwidth, fio_bandwidth
 from bench.errors import BenchError, RunError
 from bench.kv.arms import ARMS
+from bench.kv.family import FAMILIES
 from bench.kv.models import real_model
 from bench.kv.workload import Device, Workload
 from bench.machine import describe
@@ -65,7 +66,8 @@ Examples:
 )
 @click.option("--arms", default=",".join(ARMS), show_default=True)
 @click.option("--halving", is_flag=True, help="Instead: halve the limit in the middle of a decode, and restore it.")
-@click.option("--model", "family", type=click.Choice(["llama", "opt"]), help="Instead: a real model on the CPU.")
+@click.option("--model", "family", type=click.Choice(list(FAMILIES)), help="Instead: a real model.")
+@click.option("--device", default="cpu", show_default=True, help="That is copied to and computed with, such as cuda.")
 @click.option("--rounds", default=5, show_default=True, type=click.IntRange(min=1))
 @click.option(
     "--dir",
@@ -86,6 +88,7 @@ def main(
     arms: str,
     halving: bool,
     family: str | None,
+    device: str,
     rounds: int,
     directory: Path,
     json_path: Path | None,
@@ -96,7 +99,7 @@ def main(
     if quick:
         size, layers, prompt, steps, budgets, rounds = "24MiB", 4, 64, 4, "1500", 1
     row_bytes = parse_size(size) // (2 * layers * (prompt + steps))
-    workload = Workload(layers, row_bytes, prompt, steps)
+    workload = Workload(layers, row_bytes, prompt, steps, device)
     names = arms.split(",")
     if unknown := [name for name in names if name not in ARMS]:
         raise click.ClickException(f"--arms: no arm is called {unknown[0]!r}; there are {', '.join(ARMS)}")
@@ -115,7 +118,7 @@ def main(
                     raise BenchError(reason)
                 sys.exit(not _halving(console, workload, scratch, rounds))
             if family:
-                sys.exit(not real_model(console, family, scratch, rounds, limited=not reason))
+                sys.exit(not real_model(console, family, device, scratch, rounds, limited=not reason))
             found: dict[int, dict[str, list[Run]]] = {}
             for percent in map(int, budgets.split(",")):
                 runs = found[percent] = {name: [] for name in names}
@@ -171,7 +174,7 @@ class _Floor:
             fio = fio_bandwidth(path)
         finally:
             path.unlink()
-        return cls(disk, fio, Device().bandwidth())
+        return cls(disk, fio, Device(workload.device).bandwidth())
 
     def better(self, other: _Floor) -> _Floor:
         """The faster of two measurements."""
@@ -296,10 +299,10 @@ _MOST_SLOWER = 1.3
 def _halving(console: Console, workload: Workload, directory: Path, rounds: int) -> bool:
     """A run whose limit is halved and restored, beside runs that have either limit from the start."""
     whole_bytes, half_bytes = workload.kv_bytes, workload.kv_bytes // 2
-    longer = Workload(workload.layers, workload.row_bytes, workload.prompt, 3 * _PHASE_STEPS + 1)
+    longer = Workload(workload.layers, workload.row_bytes, workload.prompt, 3 * _PHASE_STEPS + 1, workload.device)
     # As many tokens as the first has got by then.
-    half = Workload(workload.layers, workload.row_bytes, workload.prompt + _PHASE_STEPS, _PHASE_STEPS + 1)
-    whole = Workload(workload.layers, workload.row_bytes, workload.prompt + 2 * _PHASE_STEPS, _PHASE_STEPS + 1)
+    half = replace(longer, prompt=workload.prompt + _PHASE_STEPS, steps=_PHASE_STEPS + 1)
+    whole = replace(longer, prompt=workload.prompt + 2 * _PHASE_STEPS, steps=_PHASE_STEPS + 1)
     runs: dict[str, list[list[float]]] = {"changing": [], "whole": [], "half": []}
     for number in range(rounds):
         changes = {_PHASE_STEPS: half_bytes, 2 * _PHASE_STEPS: whole_bytes}

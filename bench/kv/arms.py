@@ -36,7 +36,7 @@ class Arm(ABC):
     def __init__(self, workload: Workload, directory: Path) -> None:
         self.workload = workload
         self.directory = directory
-        self.device = Device()
+        self.device = Device(workload.device)
         self.source = Source(workload)
 
     def prefill(self) -> None:
@@ -150,6 +150,8 @@ class Kept(Arm):
                 raise RunError(f"{tensor}: {comparing.rows} rows of {tokens}")
 
     def add(self) -> None:
+        if self.device.opened is not None:
+            self.kept.pin(self.device.opened)
         for tensor in self.workload.tensors:
             self.kept.add(tensor, self.workload.row_bytes, reserve_tokens=self.workload.tokens)
 

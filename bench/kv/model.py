@@ -1,8 +1,9 @@
-"""One run of a real model, a process of its own: ``python -m bench.kv.model ARM DIRECTORY FAMILY TOKENS BATCH STEPS``.
+"""One run of a real model, in a process of its own: ``python -m bench.kv.model ARM DIRECTORY FAMILY DEVICE STEPS``.
 
-Arms: ``dynamic`` is transformers' DynamicCache; ``saved`` writes each layer's keys and values with torch.save after
-every update and reads them before the next, as oLLM does; ``penstock`` is `NVMeCache`; ``session`` saves the context,
-loads it in a cache of its own and goes on, beside the prefill that this replaces.
+Arms: ``dynamic`` is transformers' DynamicCache; ``offloaded`` the same with its layers in host memory; ``saved`` writes
+each layer's keys and values with torch.save after every update and reads them before the next, as oLLM does;
+``penstock`` is `NVMeCache`, and ``direct`` the same with no memory; ``session`` saves the context, loads it in a cache
+of its own and goes on, beside the prefill that this replaces.
 """
 
 from __future__ import annotations
@@ -18,29 +19,9 @@ import torch
 import transformers
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from bench.kv.family import FAMILIES, Family
 from penstock.adapters.transformers import NVMeCache
 from penstock.testing.models import taking
-
-# Two cores decode them in well under a second a token; their caches have the shape of larger ones.
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": (
-        "LlamaForCausalLM",
-        {"intermediate_size": 1024, "num_key_value_heads": 8, "num_hidden_layers": 16},
-    ),
-    "opt": (
-        "OPTForCausalLM",
-        {"ffn_dim": 1024, "word_embed_proj_dim": 512, "num_hidden_layers": 16},
-    ),
-}
-_COMMON = {
-    "vocab_size": 1000,
-    "hidden_size": 512,
-    "num_attention_heads": 8,
-    "max_position_embeddings": 16384,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-}
 
 
 class SavedLayer(DynamicLayer):
@@ -65,58 +46,63 @@ class SavedLayer(DynamicLayer):
         return self._tokens
 
 
-def make_model(family: str) -> Any:
+def make_model(family: Family, device: str) -> Any:
     """A model of random weights."""
-    name, extra = FAMILIES[family]
-    model_class = getattr(transformers, name)
+    model_class = getattr(transformers, family.class_name)
     torch.manual_seed(0)
-    return model_class(model_class.config_class(**_COMMON | extra)).eval()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, family.dtype))
+    try:
+        with torch.device(device):
+            return model_class(model_class.config_class(**family.config)).eval()
+    finally:
+        torch.set_default_dtype(before)
 
 
-def kv_bytes(family: str, tokens: int, batch: int) -> int:
-    """Of the cache after so many tokens, in float32."""
-    layers = int(FAMILIES[family][1]["num_hidden_layers"])
-    return 2 * layers * tokens * batch * int(_COMMON["hidden_size"]) * 4
-
-
-def make_cache(arm: str, model: Any, directory: Path) -> Any:
+def make_cache(arm: str, config: Any, directory: Path) -> Any:
     """The cache of an arm."""
-    if arm == "dynamic":
-        return DynamicCache(config=model.config)
-    if arm == "saved":
-        return Cache(layers=[SavedLayer(directory / f"{n}.pt") for n in range(model.config.num_hidden_layers)])
-    return NVMeCache(model.config, directory)
+    match arm:
+        case "dynamic" | "offloaded":
+            return DynamicCache(config=config, offloading=arm == "offloaded")
+        case "saved":
+            return Cache(layers=[SavedLayer(directory / f"{n}.pt") for n in range(config.num_hidden_layers)])
+        case "direct":
+            return NVMeCache(config, directory, memory=0)
+    return NVMeCache(config, directory)
 
 
 def main() -> None:
     """Prefill, decode; prints times and tokens as JSON."""
-    arm, place, family, tokens, batch, steps = sys.argv[1:]
-    directory = Path(place)
-    model = make_model(family)
-    ids = torch.randint(3, 1000, (int(batch), int(tokens)), generator=torch.Generator().manual_seed(1))
+    arm, place, name, device, steps = sys.argv[1:]
+    directory, family = Path(place), FAMILIES[name]
+    model = make_model(family, device)
+    ids = torch.randint(3, 1000, (family.batch, family.tokens), generator=torch.Generator().manual_seed(1)).to(device)
+    synchronize = torch.accelerator.synchronize if device != "cpu" else lambda: None
     found: dict[str, Any] = {"steps_s": [], "tokens": []}
-    cache = make_cache(arm, model, directory)
+    cache = make_cache(arm, model.config, directory)
     with torch.inference_mode():
+        if device != "cpu":  # what the first use of a GPU takes
+            model(ids[:1, :8])
+        synchronize()
         begin = time.perf_counter()
-        # In pieces, so that attention itself takes little memory.
-        for start in range(0, ids.shape[1], 512):
-            logits = model(ids[:, start : start + 512], **taking(cache), logits_to_keep=1).logits
+        for start in range(0, ids.shape[1], family.piece):
+            logits = model(ids[:, start : start + family.piece], **taking(cache), logits_to_keep=1).logits
+        synchronize()
         found["prefill_s"] = time.perf_counter() - begin
         if arm == "session":
             begin = time.perf_counter()
-            cache.save("bench", ids)
+            cache.save("bench", ids.cpu())
             found["save_s"] = time.perf_counter() - begin
-            before = logits
             cache.close()
             begin = time.perf_counter()
-            cache = NVMeCache.load("bench", model.config, directory, tokens=ids)
+            cache = NVMeCache.load("bench", model.config, directory, tokens=ids.cpu(), device=device)
             found["load_s"] = time.perf_counter() - begin
-            logits = before
         for _ in range(int(steps)):
             chosen = logits[:, -1].argmax(-1, keepdim=True)
             found["tokens"].append(chosen.flatten().tolist())
             begin = time.perf_counter()
             logits = model(chosen, **taking(cache)).logits
+            synchronize()
             found["steps_s"].append(time.perf_counter() - begin)
         found["logits"] = logits[:, -1].double().sum(-1).tolist()
     if isinstance(cache, NVMeCache):

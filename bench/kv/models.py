@@ -1,4 +1,4 @@
-"""A real model on the CPU: its decode steps and its tokens, with each cache and each memory limit."""
+"""A real model: its decode steps and its tokens, with each cache and each memory limit."""
 
 from __future__ import annotations
 
@@ -13,42 +13,43 @@ from typing import Any
 from rich.console import Console
 
 from bench.errors import RunError
+from bench.kv.family import FAMILIES
 from bench.page_cache.limit import MemoryLimit
-from penstock.units import MiB, format_size
+from penstock.units import format_size
 
-_TOKENS, _BATCH, _STEPS = 4096, 2, 8
-_OWN_BYTES = 900 * MiB  # of the process itself: torch, the model, attention
+_STEPS = 8
 _LEAST_FASTER = 5.0  # a session's load than its prefill
 
 
-def real_model(console: Console, family: str, directory: Path, rounds: int, *, limited: bool) -> bool:
+def real_model(console: Console, name: str, device: str, directory: Path, rounds: int, *, limited: bool) -> bool:
     """Run and print; whether tokens are the same and sessions are as fast as they have to be."""
-    from bench.kv.model import kv_bytes
-
-    size_bytes = kv_bytes(family, _TOKENS, _BATCH)
-    console.print(f"{family}: {_TOKENS} tokens, batch {_BATCH}, KV {format_size(size_bytes)}", highlight=False)
+    family = FAMILIES[name]
+    size = format_size(family.kv_bytes)
+    console.print(
+        f"{name}: {family.tokens} tokens, batch {family.batch}, KV {size}, computed on {device}", highlight=False
+    )
     passed = True
     runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    limits = {"ample": None} | ({"half": _OWN_BYTES + size_bytes // 2} if limited else {})
+    limits = {"ample": None} | ({"half": family.own_bytes + family.kv_bytes // 2} if limited else {})
+    ample = ["dynamic", *["offloaded"] * (device != "cpu"), "saved", "penstock", "direct", "session"]
     for number in range(rounds):
-        for name, limit_bytes in limits.items():
-            arms = ("dynamic", "saved", "penstock", "session") if limit_bytes is None else ("saved", "penstock")
-            for arm in arms:
-                run = _run(arm, directory, family, limit_bytes)
-                runs.setdefault((name, arm), []).append(run)
+        for memory, limit_bytes in limits.items():
+            for arm in ample if limit_bytes is None else ("saved", "penstock"):
+                run = _run(arm, directory, name, device, limit_bytes)
+                runs.setdefault((memory, arm), []).append(run)
                 console.print(
-                    f"round {number + 1}/{rounds}, {name}, {arm}: prefill {run['prefill_s']:.2f} s, "
+                    f"round {number + 1}/{rounds}, {memory}, {arm}: prefill {run['prefill_s']:.2f} s, "
                     f"step {median(run['steps_s'][1:]):.3f} s, peak {format_size(run['peak_rss_bytes'])}",
                     highlight=False,
                 )
     expected = runs["ample", "dynamic"][0]
-    for (name, arm), values in runs.items():
+    for (memory, arm), values in runs.items():
         same = all(run["tokens"] == expected["tokens"] and run["logits"] == expected["logits"] for run in values)
         passed = passed and same
         step_s = median(median(run["steps_s"][1:]) for run in values)
         prefill_s = median(run["prefill_s"] for run in values)
         told = "the same tokens and logits" if same else "OTHER TOKENS OR LOGITS"
-        console.print(f"{name:6} {arm:9} prefill {prefill_s:6.2f} s  step {step_s:.3f} s  {told}", highlight=False)
+        console.print(f"{memory:6} {arm:9} prefill {prefill_s:6.2f} s  step {step_s:.3f} s  {told}", highlight=False)
     sessions = runs["ample", "session"]
     faster = median(run["prefill_s"] / run["load_s"] for run in sessions)
     good = faster >= _LEAST_FASTER
@@ -60,9 +61,8 @@ def real_model(console: Console, family: str, directory: Path, rounds: int, *, l
     return passed and good
 
 
-def _run(arm: str, directory: Path, family: str, limit_bytes: int | None) -> dict[str, Any]:
-    command = [sys.executable, "-m", "bench.kv.model", arm, str(directory), family]
-    command += map(str, (_TOKENS, _BATCH, _STEPS))
+def _run(arm: str, directory: Path, name: str, device: str, limit_bytes: int | None) -> dict[str, Any]:
+    command = [sys.executable, "-m", "bench.kv.model", arm, str(directory), name, device, str(_STEPS)]
     limit = None if limit_bytes is None else MemoryLimit(limit_bytes)
     try:
         done = subprocess.run(

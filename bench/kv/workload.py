@@ -7,11 +7,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bench.errors import RunError
+from penstock.device.choose import open_device
 from penstock.kv.residency import KVTensor
 from penstock.storage.buffers import huge_buffer
 from penstock.units import MiB
@@ -28,12 +30,14 @@ class Workload:
         row_bytes: what one token adds to one layer's keys or values, for the whole batch.
         prompt: tokens that prefill writes.
         steps: tokens that are decoded, the last one to compare.
+        device: that rows are copied to: ``cpu``, which is a ring of host memory, or as torch names it.
     """
 
     layers: int
     row_bytes: int
     prompt: int
     steps: int
+    device: str = "cpu"
 
     @property
     def tensors(self) -> list[KVTensor]:
@@ -71,10 +75,21 @@ class Source:
 
 
 class Device:
-    """A ring of memory, one copy at a time."""
+    """A ring of memory, one copy at a time.
 
-    def __init__(self) -> None:
-        self._ring = np.frombuffer(huge_buffer(_DEVICE_BYTES), np.uint8)
+    Args:
+        name: ``cpu``, or as torch names it.
+
+    Attributes:
+        opened: that has the ring; None where it is host memory.
+    """
+
+    def __init__(self, name: str = "cpu") -> None:
+        self.opened = open_device(name)
+        if self.opened is None:
+            self._ring: Any = np.frombuffer(huge_buffer(_DEVICE_BYTES), np.uint8)
+        else:
+            self._ring = self.opened.allocate(_DEVICE_BYTES)
         self._at = 0
         self._lock = threading.Lock()
         self.copied_bytes = 0
@@ -87,19 +102,26 @@ class Device:
                 part = flat[start : start + len(self._ring)]
                 if self._at + len(part) > len(self._ring):
                     self._at = 0
-                np.copyto(self._ring[self._at : self._at + len(part)], part)
+                if self.opened is None:
+                    np.copyto(self._ring[self._at : self._at + len(part)], part)
+                else:
+                    self.opened.copy(self._ring, self._at, part.data).wait()
                 self._at += len(part)
             self.copied_bytes += len(flat)
 
     def bandwidth(self) -> float:
-        """Bytes a second of copies of 1 MiB from memory that is in no cache of the CPU's."""
-        source = np.frombuffer(huge_buffer(256 * MiB), np.uint8)
+        """Bytes a second of copies of 1 MiB from memory that is in no cache of the CPU's, and pinned for a GPU."""
+        memory = huge_buffer(256 * MiB)
+        unpin = None if self.opened is None else self.opened.pin(memory)
+        source = np.frombuffer(memory, np.uint8)
         best = 0.0
         for _ in range(5):
             begin = time.perf_counter()
             for start in range(0, len(source), MiB):
                 self.copy(source[start : start + MiB])
             best = max(best, len(source) / (time.perf_counter() - begin))
+        if unpin is not None:
+            unpin()
         return best
 
 
@@ -126,7 +148,7 @@ class Baseline:
     """What the benchmark itself takes of the memory: the interpreter, its rows and its device."""
 
     def __init__(self, workload: Workload) -> None:
-        self._kept = Device(), Source(workload)
+        self._kept = Device(workload.device), Source(workload)
 
     def anon_bytes(self) -> int:
         """Anonymous memory of this process."""

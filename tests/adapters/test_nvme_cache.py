@@ -299,6 +299,22 @@ def test_a_device_that_is_full(loop_device: Path) -> None:
         assert keys.shape[2] == 4097 * len(kept) - 5000 + 1
 
 
+def test_in_inference_mode_and_out_of_it(tmp_path: Path) -> None:
+    model = make_model("llama")
+    first, second, third = prompt(1, 40), prompt(1, 3, seed=2), prompt(1, 2, seed=3)
+
+    def talk(cache: Any) -> Any:
+        with torch.inference_mode():
+            model(first, **taking(cache))
+            model(second, **taking(cache))
+        with torch.no_grad():
+            return model(third, **taking(cache)).logits
+
+    expected = talk(transformers.DynamicCache(config=model.config))
+    with NVMeCache(model.config, tmp_path) as cache:
+        assert torch.equal(talk(cache), expected)
+
+
 def test_memory_is_a_size(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not a size"):
         NVMeCache(path=tmp_path, memory="lots")

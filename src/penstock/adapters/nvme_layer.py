@@ -7,9 +7,8 @@ remembers which sequence of the stored row is meant by which of the batch.
 
 from __future__ import annotations
 
-import contextlib
-import threading
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -87,6 +86,12 @@ class SharedRows:
         self._devices.clear()
 
 
+def _writable(shape: tuple[int, ...], **options: Any) -> torch.Tensor:
+    """Memory that may be written to in any thread: a tensor made in inference mode may only be in that mode."""
+    with torch.inference_mode(False):
+        return torch.empty(shape, **options)
+
+
 class _Slot:
     """Keys and values of one layer where they are computed with: [batch, heads, capacity, head_dim] each."""
 
@@ -96,7 +101,7 @@ class _Slot:
         self.shapes = layer.shapes()
         self.dtype, self.device = layer.dtype, layer.device
         self.tensors = [
-            torch.empty((*shape[:2], capacity, shape[2]), dtype=self.dtype, device=self.device) for shape in self.shapes
+            _writable((*shape[:2], capacity, shape[2]), dtype=self.dtype, device=self.device) for shape in self.shapes
         ]
 
     def shares_shape(self, layer: NVMeLayer) -> bool:
@@ -134,7 +139,7 @@ class _CpuTarget:
 
 
 class _DeviceTarget:
-    """The same into the memory of a device: copied there as they are, and transposed there."""
+    """The same into the memory of a device: copied there as they are, and transposed there, beside what it computes."""
 
     def __init__(
         self, tensor: torch.Tensor, stored_batch: int, lineage: NDArray[np.int32] | None, device: Device
@@ -143,24 +148,18 @@ class _DeviceTarget:
         self._row_shape = (stored_batch, tensor.shape[1], tensor.shape[3])
         self._lineage = lineage
         self._device = device
-        self._lock = threading.Lock()
-        # What is computed next on the caller's stream sees the copies, and they come after whoever had the memory.
-        self._stream: Any = contextlib.nullcontext()
-        if torch.accelerator.is_available() and tensor.device.type != "cpu":
-            self._stream = torch.accelerator.current_stream(tensor.device)
+        device.follow([tensor])  # somebody may still compute with what is in that memory
 
     def write(self, first: int, rows: NDArray[np.uint8]) -> None:
-        with self._lock:
+        with self._device.beside():
             landed = self._device.allocate(rows.nbytes)
             transfer = self._device.copy(landed, 0, rows.reshape(-1).data)
-        transfer.wait()  # the rows' memory is somebody else's then
-        with self._lock, self._stream:
-            self._device.publish([landed])
             parts = landed.view(self._tensor.dtype).view(len(rows), *self._row_shape)
             if self._lineage is not None:
                 lineage = torch.from_numpy(self._lineage[first : first + len(rows)].astype(np.int64))
                 parts = parts[torch.arange(len(rows))[:, None], lineage]
             self._tensor[:, :, first : first + len(rows)].copy_(parts.permute(1, 2, 0, 3))
+        transfer.wait()  # the rows' memory is somebody else's then
 
 
 class NVMeLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -341,8 +340,7 @@ class NVMeLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         fetches, self._fetches = self._fetches, []
         slot, self._slot = self._slot, None
         assert slot is not None
-        for fetch in fetches:
-            fetch.wait()
+        self._wait(fetches, slot.tensors)
         if slot.capacity >= capacity:
             return slot
         larger = self._shared.slot(self, capacity)
@@ -350,6 +348,14 @@ class NVMeLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             into[:, :, : self._tokens] = tensor[:, :, : self._tokens]
         self._shared.free_slots.append(slot)
         return larger
+
+    def _wait(self, fetches: Sequence[Fetch], tensors: Sequence[torch.Tensor]) -> None:
+        """Until the rows are in the tensors, for whatever the caller computes with them."""
+        for fetch in fetches:
+            fetch.wait()
+        device = self._shared.device(str(self.device))
+        if device is not None:
+            device.publish(tensors)
 
     def _append(self, *states: torch.Tensor) -> None:
         new = states[0].shape[-2]
@@ -388,8 +394,8 @@ class NVMeLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if not self.is_initialized:
             return None
         batch, heads, dim = self.shapes()[which]
-        found = torch.empty((batch, heads, self._tokens, dim), dtype=self.dtype, device=self.device)
-        self._shared.cache.fetch(self._names[which], self._target(found)).wait()
+        found = _writable((batch, heads, self._tokens, dim), dtype=self.dtype, device=self.device)
+        self._wait([self._shared.cache.fetch(self._names[which], self._target(found))], [found])
         return found
 
     def _refuse(self, value: torch.Tensor | None) -> None:

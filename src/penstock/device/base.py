@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Self
 
@@ -43,11 +44,26 @@ class Device(ABC):
         """Begin to copy source into memory of `allocate`, from offset on, in bytes."""
 
     @abstractmethod
-    def publish(self, memory: Sequence[Any]) -> None:
-        """Whatever is computed from now on sees all that was copied so far; does not wait for it.
+    def follow(self, memory: Sequence[Any]) -> None:
+        """Whatever is copied, or done in `beside`, comes from now on after what the caller has asked for so far.
 
         Args:
-            memory: of `allocate`, that is handed out now.
+            memory: of the caller, that is written to there.
+        """
+
+    @abstractmethod
+    def beside(self) -> AbstractContextManager[object]:
+        """Within it, in any thread, what is asked of the device is done after the copies that were begun before it.
+
+        What callers compute meanwhile does not wait for it, nor it for them: see `follow` and `publish`.
+        """
+
+    @abstractmethod
+    def publish(self, memory: Sequence[Any]) -> None:
+        """Whatever is computed from now on sees all that was copied or done in `beside` so far; does not wait for it.
+
+        Args:
+            memory: that is handed out now.
         """
 
     @abstractmethod

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from penstock.device.base import Device, Transfer
@@ -89,6 +90,15 @@ class CudaDevice(Device):
             target[offset : offset + len(source)].copy_(bytes_, non_blocking=True)
             event.record(self._stream)
         return _Copy(event, bytes_)
+
+    def follow(self, memory: Sequence[Any]) -> None:
+        self._stream.wait_stream(self._torch.cuda.current_stream(self._device))
+        for part in memory:
+            part.record_stream(self._stream)
+
+    def beside(self) -> AbstractContextManager[object]:
+        context: AbstractContextManager[object] = self._torch.cuda.stream(self._stream)
+        return context
 
     def publish(self, memory: Sequence[Any]) -> None:
         current = self._torch.cuda.current_stream(self._device)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from penstock.device.base import Device, Transfer
@@ -31,6 +33,8 @@ class PlainDevice(Device):
         self._torch = torch
         self._device = torch.device(name)
         self.name = str(self._device)
+        self._streams: Any = getattr(torch, self._device.type, None)  # torch.xpu, say
+        self._callers: Any = None  # stream
 
     def allocate(self, size_bytes: int) -> Any:
         return self._torch.empty(size_bytes, dtype=self._torch.uint8, device=self._device)
@@ -45,6 +49,18 @@ class PlainDevice(Device):
             bytes_ = self._torch.frombuffer(source, dtype=self._torch.uint8)
         target[offset : offset + len(source)].copy_(bytes_)
         return _Over()
+
+    def follow(self, memory: Sequence[Any]) -> None:
+        """There is one order of everything: that of the stream which is the caller's now."""
+        del memory
+        if hasattr(self._streams, "stream") and hasattr(self._streams, "current_stream"):
+            self._callers = self._streams.current_stream(self._device)
+
+    def beside(self) -> AbstractContextManager[object]:
+        if self._callers is None:
+            return contextlib.nullcontext()
+        context: AbstractContextManager[object] = self._streams.stream(self._callers)
+        return context
 
     def publish(self, memory: Sequence[Any]) -> None:
         del memory

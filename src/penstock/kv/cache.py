@@ -118,7 +118,7 @@ class KVCache:
             undo.callback(self._region.close)
             self._reader = MemoryReader()
             undo.callback(self._reader.close)
-            pool = self._pool = undo.enter_context(_shared_pool(self._affordable(pool_bytes)))
+            pool = undo.enter_context(_shared_pool(self._affordable(pool_bytes)))
             made, self._fallback = create_engine(engine, depth=DEPTH)
             self._engine = undo.enter_context(made)
             self._store = undo.enter_context(KVStore(self._region, self._engine, pool, codec=codec))
@@ -142,8 +142,8 @@ class KVCache:
         return max(_LEAST_POOL_BYTES, min(pool_bytes, state.headroom_bytes // 4))
 
     def pin(self, device: Device) -> None:
-        """Have a device copy from the buffers by itself; it must not be closed before the cache."""
-        self._pool.pin(device.name, device.pin)
+        """Have a device copy by itself from all memory that rows come from; it must not be closed before the cache."""
+        self._store.pin(device)
 
     @property
     def plan(self) -> Plan:

@@ -19,6 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol, Self
 
 import numpy as np
@@ -30,6 +31,7 @@ from penstock.kv.residency import Path
 from penstock.kv.tensor import Run, StoredTensor, checksum
 from penstock.linux.pagecache import FileResidency, populate
 from penstock.storage.base import READ, WRITE, Engine, batch
+from penstock.storage.buffers import huge_buffer
 from penstock.storage.exiting import before_exit
 from penstock.storage.pool import Block, BufferPool
 
@@ -159,6 +161,9 @@ class Pipeline:
         self._reading = self._writing = self._held = 0  # in the engine; buffers that reads have
         self._urgent = 0  # who waits for writes
         self._token = self._number = self._since_fit = 0
+        # What workers read from the page cache into, each a part.
+        self._scratch = huge_buffer(workers * figures.block_bytes)
+        self._pinned: dict[str, Callable[[], None]] = {}  # name of a device → undoes it
         self._worker_count = workers
         self._threads: list[threading.Thread] = []
         self._ending = False
@@ -261,6 +266,11 @@ class Pipeline:
         with self._condition:
             self._wait_written(tensor)
 
+    def pin(self, name: str, pin: Callable[[memoryview], Callable[[], None]]) -> None:
+        """Make what cached rows are copied from known to a device, once; `close` undoes it."""
+        if name not in self._pinned:
+            self._pinned[name] = pin(self._scratch)
+
     def statistics(self) -> PipelineStatistics:
         """The figures at this moment."""
         with self._condition:
@@ -288,6 +298,8 @@ class Pipeline:
             if thread is not threading.current_thread():
                 thread.join()
         self._forget_exit()
+        while self._pinned:
+            self._pinned.popitem()[1]()
         if not self._operations:
             for buffer in self._buffers:
                 self._engine.remove_buffer(buffer)
@@ -311,7 +323,8 @@ class Pipeline:
         if self._threads:
             return
         self._forget_exit = before_exit(self.close)
-        jobs = [("landing", self._serve), *((f"copy-{number}", self._work) for number in range(self._worker_count))]
+        jobs: list[tuple[str, Callable[[], None]]] = [("landing", self._serve)]
+        jobs += [(f"copy-{number}", partial(self._work, number)) for number in range(self._worker_count)]
         for name, job in jobs:
             thread = threading.Thread(target=self._run, args=(job,), name=f"penstock-kv-{name}", daemon=True)
             thread.start()
@@ -491,9 +504,9 @@ class Pipeline:
         self._pool.release(write.memory)
         self._condition.notify_all()
 
-    def _work(self) -> None:
+    def _work(self, number: int) -> None:
         """Verifies and copies."""
-        scratch = np.zeros(self._pool.statistics().block_bytes, np.uint8)  # touched as far as blocks are large
+        scratch = np.split(np.frombuffer(self._scratch, np.uint8), self._worker_count)[number]
         while True:
             with self._condition:
                 self._condition.wait_for(lambda: self._ready or self._ending)

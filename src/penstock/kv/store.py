@@ -16,6 +16,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from penstock.device.base import Device
 from penstock.errors import KVError
 from penstock.kv import layout
 from penstock.kv.codec import RAW, Codec
@@ -104,6 +105,11 @@ class KVStore:
         blocks = BlockMap(self.region.allocator, shape.block_bytes, shape.blocks(reserve_tokens))
         tensor = self.tensors[name] = StoredTensor(name, shape, blocks, self._codec)
         return tensor
+
+    def pin(self, device: Device) -> None:
+        """Have a device copy by itself from all memory that rows come from; `close` undoes it, but for the pool's."""
+        self._pool.pin(device.name, device.pin)
+        self._pipeline.pin(device.name, device.pin)
 
     def remove(self, name: KVTensor) -> None:
         """Forget a tensor, and free its space. Nothing may be being fetched of it."""
