@@ -63,6 +63,12 @@ Examples:
 @click.option("--rounds", default=5, show_default=True, type=click.IntRange(min=1))
 @click.option("--arms", default=",".join(ARMS), show_default=True, help="Which loaders.")
 @click.option("--states", default="cold,warm", show_default=True, help="cold: none of it cached; warm: all of it.")
+@click.option(
+    "--models",
+    default="model,experts",
+    show_default=True,
+    help="model: large tensors; experts: 20,000 small ones.",
+)
 @click.option("--device", default="cpu", show_default=True, help="Where the tensors are wanted, such as cuda.")
 @click.option(
     "--ballast/--no-ballast", default=True, show_default=True, help="Fill memory with page cache; see bench.memory."
@@ -80,6 +86,7 @@ def main(
     rounds: int,
     arms: str,
     states: str,
+    models: str,
     device: str,
     ballast: bool,
     directory: Path | None,
@@ -93,14 +100,18 @@ def main(
     names = arms.split(",")
     if unknown := [name for name in names if name not in ARMS]:
         raise click.ClickException(f"--arms: {unknown[0]!r} is none of {', '.join(ARMS)}")
-    wanted_states = states.split(",")
-    if unknown := [state for state in wanted_states if state not in ("cold", "warm")]:
-        raise click.ClickException(f"--states: {unknown[0]!r} is neither cold nor warm")
+    wanted_states, wanted_models = states.split(","), models.split(",")
+    for option, wanted, known in (
+        ("--states", wanted_states, ("cold", "warm")),
+        ("--models", wanted_models, ("model", "experts")),
+    ):
+        if unknown := [word for word in wanted if word not in known]:
+            raise click.ClickException(f"{option}: {unknown[0]!r} is neither {' nor '.join(known)}")
     for name in list(names):
         if find_spec(NEEDS[name]) is None:
             console.print(f"skipped: {name}: {NEEDS[name]} is not installed", style="yellow", highlight=False)
             names.remove(name)
-    asked = _Asked(parse_size(size), rounds, names, wanted_states, device, ballast and not quick, quick)
+    asked = _Asked(parse_size(size), rounds, names, wanted_states, wanted_models, device, ballast and not quick, quick)
     try:
         failed = _bench(console, asked, directory or _default_directory(), json_path)
     except (BenchError, RunError) as error:
@@ -116,6 +127,7 @@ class _Asked:
     rounds: int
     names: list[str]  # of arms
     states: list[str]
+    models: list[str]
     device: str
     has_ballast: bool
     quick: bool
@@ -125,11 +137,11 @@ def _bench(console: Console, asked: _Asked, directory: Path, json_path: Path | N
     size_bytes, names, states, quick = asked.size_bytes, asked.names, asked.states, asked.quick
     directory.mkdir(parents=True, exist_ok=True)
     preset = "tiny-llama" if quick else "llama-3.2-3b"
-    models = {
-        "model": generate(directory, preset=preset, size_bytes=size_bytes, gguf=False).directory,
-        "experts": _experts(directory, size_bytes // 3, 200 if quick else _EXPERTS),
+    makers = {
+        "model": lambda: generate(directory, preset=preset, size_bytes=size_bytes, gguf=False).directory,
+        "experts": lambda: _experts(directory, size_bytes // 3, 200 if quick else _EXPERTS),
     }
-    models = {model: place for model, place in models.items() if _able(names, model)}
+    models = {model: makers[model]() for model in asked.models if _able(names, model)}
     machine = describe(directory)
     runs: dict[tuple[str, str, str], list[Run]] = {}
     limits: dict[str, list[float]] = {model: [] for model in models}

@@ -324,6 +324,7 @@ class NVMeLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         for fetch in fetches:
             fetch.cancel()
         if self._slot is not None:
+            self._publish(self._slot.tensors)  # what was written until then comes before whatever is next
             self._shared.free_slots.append(self._slot)
             self._slot = None
 
@@ -353,6 +354,9 @@ class NVMeLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Until the rows are in the tensors, for whatever the caller computes with them."""
         for fetch in fetches:
             fetch.wait()
+        self._publish(tensors)
+
+    def _publish(self, tensors: Sequence[torch.Tensor]) -> None:
         device = self._shared.device(str(self.device))
         if device is not None:
             device.publish(tensors)

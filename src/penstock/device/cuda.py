@@ -68,8 +68,8 @@ class CudaDevice(Device):
             memory = self._torch.empty(size_bytes, dtype=self._torch.uint8, device=self._device)
         except self._torch.cuda.OutOfMemoryError as error:
             raise MemoryError(f"{self.name}: no {format_size(size_bytes)} for a tensor: {error}") from error
-        self._stream.wait_stream(self._torch.cuda.current_stream(self._device))
-        memory.record_stream(self._stream)
+        if self._torch.cuda.current_stream(self._device) != self._stream:
+            self.follow([memory])
         return memory
 
     def pin(self, memory: memoryview) -> Callable[[], None]:
