@@ -17,6 +17,8 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from tests.decoding import WAYS, decode, prompt, talk  # noqa: E402
+
 from penstock.adapters.nvme_cache import NVMeCache  # noqa: E402
 from penstock.errors import KVError, RegionError  # noqa: E402
 from penstock.kv import layout  # noqa: E402
@@ -73,32 +75,12 @@ def make_cache(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Calla
         cache.close()
 
 
-def prompt(batch: int, tokens: int, seed: int = 1) -> Any:
-    return torch.randint(3, 99, (batch, tokens), generator=torch.Generator().manual_seed(seed))
-
-
-WAYS: dict[str, dict[str, Any]] = {
-    "greedy": {"do_sample": False},
-    "sampled": {"do_sample": True, "temperature": 1.3, "top_k": 20},
-    "beams": {"do_sample": False, "num_beams": 3},
-    "sampled beams": {"do_sample": True, "num_beams": 3},
-    "several": {"do_sample": True, "num_return_sequences": 3},
-}
-
-
 @pytest.mark.parametrize("way", list(WAYS))
 def test_the_same_tokens(model: Any, make_cache: Callable[[Any], NVMeCache], way: str) -> None:
     inputs = prompt(2, 40)
-
-    def generate(cache: Any) -> Any:
-        torch.manual_seed(5)
-        return model.generate(
-            inputs, attention_mask=torch.ones_like(inputs), **taking(cache), max_new_tokens=30, **WAYS[way]
-        )
-
-    expected = generate(transformers.DynamicCache(config=model.config))
+    expected = decode(model, inputs, transformers.DynamicCache(config=model.config), way)
     cache = make_cache(model)
-    assert generate(cache).tolist() == expected.tolist()
+    assert decode(model, inputs, cache, way) == expected
     figures = cache.statistics()
     if len(figures.plan.decisions):
         assert figures.store.pipeline.direct_bytes + figures.store.pipeline.cached_bytes > 0
@@ -301,18 +283,10 @@ def test_a_device_that_is_full(loop_device: Path) -> None:
 
 def test_in_inference_mode_and_out_of_it(tmp_path: Path) -> None:
     model = make_model("llama")
-    first, second, third = prompt(1, 40), prompt(1, 3, seed=2), prompt(1, 2, seed=3)
-
-    def talk(cache: Any) -> Any:
-        with torch.inference_mode():
-            model(first, **taking(cache))
-            model(second, **taking(cache))
-        with torch.no_grad():
-            return model(third, **taking(cache)).logits
-
-    expected = talk(transformers.DynamicCache(config=model.config))
+    parts = [prompt(1, tokens, seed=tokens) for tokens in (40, 3, 2)]
+    expected = talk(model, transformers.DynamicCache(config=model.config), parts)
     with NVMeCache(model.config, tmp_path) as cache:
-        assert torch.equal(talk(cache), expected)
+        assert torch.equal(talk(model, cache, parts), expected)
 
 
 def test_memory_is_a_size(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from tests.decoding import decode, prompt, talk  # noqa: E402
+
 from penstock.adapters.transformers import NVMeCache, from_pretrained  # noqa: E402
 from penstock.kv import layout  # noqa: E402
 from penstock.testing.checkpoint import generate_checkpoint  # noqa: E402
@@ -24,11 +26,6 @@ pytestmark = [
 ]
 
 BUDGETS: dict[str, Any] = {"none": 0, "half": 24 * KiB, "all": "auto"}
-WAYS: dict[str, dict[str, Any]] = {
-    "greedy": {"do_sample": False},
-    "sampled": {"do_sample": True, "temperature": 1.3, "top_k": 20},
-    "beams": {"do_sample": False, "num_beams": 3},
-}
 
 
 @pytest.fixture(autouse=True)
@@ -37,55 +34,33 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layout, "WANTED_BLOCK_BYTES", 2 * KiB)
 
 
-def prompt(batch: int, tokens: int, seed: int = 1) -> Any:
-    return torch.randint(3, 99, (batch, tokens), generator=torch.Generator().manual_seed(seed)).cuda()
-
-
-@pytest.mark.parametrize("way", list(WAYS))
+@pytest.mark.parametrize("way", ["greedy", "sampled", "beams"])
 @pytest.mark.parametrize("memory", list(BUDGETS))
 @pytest.mark.parametrize("name", list(MODELS))
 def test_the_same_tokens(tmp_path: Path, name: str, memory: str, way: str) -> None:
     model = make_model(name).cuda()
-    inputs = prompt(2, 40)
-
-    def generate(cache: Any) -> Any:
-        torch.manual_seed(5)
-        return model.generate(
-            inputs, attention_mask=torch.ones_like(inputs), **taking(cache), max_new_tokens=30, **WAYS[way]
-        )
-
-    expected = generate(transformers.DynamicCache(config=model.config))
+    inputs = prompt(2, 40).cuda()
+    expected = decode(model, inputs, transformers.DynamicCache(config=model.config), way)
     with NVMeCache(model.config, tmp_path, memory=BUDGETS[memory]) as cache:
-        assert generate(cache).tolist() == expected.tolist()
+        assert decode(model, inputs, cache, way) == expected
 
 
 def test_on_a_stream_of_the_callers(tmp_path: Path) -> None:
     model = make_model("llama").cuda()
-    inputs = prompt(2, 40)
-    options = {"attention_mask": torch.ones_like(inputs), "max_new_tokens": 60, "do_sample": False}
-    expected = model.generate(inputs, **taking(transformers.DynamicCache(config=model.config)), **options)
+    inputs = prompt(2, 40).cuda()
+    expected = decode(model, inputs, transformers.DynamicCache(config=model.config), "greedy", tokens=60)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with NVMeCache(model.config, tmp_path) as cache, torch.cuda.stream(stream):
-        found = model.generate(inputs, **taking(cache), **options)
-        stream.synchronize()
-    assert found.tolist() == expected.tolist()
+        assert decode(model, inputs, cache, "greedy", tokens=60) == expected
 
 
 def test_in_inference_mode(tmp_path: Path) -> None:
     model = make_model("llama").cuda()
-    parts = [prompt(2, tokens, seed=tokens) for tokens in (40, 3, 2)]
-
-    def talk(cache: Any) -> Any:
-        with torch.inference_mode():
-            model(parts[0], **taking(cache))
-            model(parts[1], **taking(cache))
-        with torch.no_grad():
-            return model(parts[2], **taking(cache)).logits
-
-    expected = talk(transformers.DynamicCache(config=model.config))
+    parts = [prompt(2, tokens, seed=tokens).cuda() for tokens in (40, 3, 2)]
+    expected = talk(model, transformers.DynamicCache(config=model.config), parts)
     with NVMeCache(model.config, tmp_path) as cache:
-        assert torch.allclose(talk(cache), expected, rtol=1e-4, atol=1e-4)
+        assert torch.allclose(talk(model, cache, parts), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("memory", [0, "auto"])
@@ -110,7 +85,7 @@ def test_what_is_computed_meanwhile_does_not_see_what_comes_next(tmp_path: Path,
             assert [(bool(one), bool(other)) for one, other in sums] == [(True, True)] * layers
 
 
-def test_nothing_stays_pinned(tmp_path: Path) -> None:
+def test_nothing_is_left(tmp_path: Path) -> None:
     config = make_model("llama").config
     states = torch.randn(1, 2, 3000, 8, device="cuda")
 
@@ -120,22 +95,22 @@ def test_nothing_stays_pinned(tmp_path: Path) -> None:
                 cache.update(states, states, layer)
             cache.update(states[:, :, :1], states[:, :, :1], 0)
 
-    def locked_kb() -> int:
+    def anonymous_kb() -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
 
     use()
     torch.cuda.synchronize()
-    before_kb, fds = locked_kb(), len(os.listdir("/proc/self/fd"))
+    before_kb, fds = anonymous_kb(), len(os.listdir("/proc/self/fd"))
     for _ in range(10):
         use()
-    assert locked_kb() - before_kb < 64 << 10
+    assert anonymous_kb() - before_kb < 64 << 10
     assert len(os.listdir("/proc/self/fd")) == fds
 
 
 def test_a_session_is_loaded_to_the_gpu(tmp_path: Path) -> None:
     model = make_model("llama").cuda()
-    context, more = prompt(2, 40), prompt(2, 5, seed=2)
+    context, more = prompt(2, 40).cuda(), prompt(2, 5, seed=2).cuda()
     with torch.no_grad():
         with NVMeCache(model.config, tmp_path) as cache:
             model(context, **taking(cache))
