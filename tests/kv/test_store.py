@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from penstock.errors import KVError
-from penstock.kv.pipeline import Target
+from penstock.kv.delivery import Target
 from penstock.kv.residency import KVTensor, Path
 from penstock.kv.store import KVStore, RowsTarget
 from penstock.linux import pagecache

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from penstock.device.base import Device
 from penstock.errors import RegionError
 from penstock.kv.codec import RAW, Codec
-from penstock.kv.pipeline import Fetch, Target
+from penstock.kv.delivery import Target
+from penstock.kv.pipeline import Fetch
 from penstock.kv.residency import Budget, Decision, KVTensor, Path, Plan, Ranking, Reading, plan, spread
 from penstock.kv.store import KVStore, StoreStatistics
 from penstock.linux.memory import MemoryReader, Pressure, read_pressure

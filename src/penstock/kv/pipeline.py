@@ -10,28 +10,23 @@ Writes yield: they go to the device when no read is waiting for it, or when the 
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import heapq
-import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol, Self
+from typing import Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from penstock.errors import KVError
+from penstock.kv.delivery import Cut, Delivery, Target, failure
 from penstock.kv.fit import Fit, Fitted
 from penstock.kv.residency import Path
-from penstock.kv.tensor import Run, StoredTensor, checksum
-from penstock.linux.pagecache import FileResidency, populate
+from penstock.kv.tensor import Run, StoredTensor
 from penstock.storage.base import READ, WRITE, Engine, batch
-from penstock.storage.buffers import huge_buffer
 from penstock.storage.exiting import before_exit
 from penstock.storage.pool import Block, BufferPool
 
@@ -40,13 +35,6 @@ _REFIT_CHUNKS = 32
 _WRITES_AT_ONCE = 8
 _KEPT_FOR_WRITES = 2  # buffers that reads leave
 _LOOK_AGAIN_S = 0.01  # for a buffer that another cache has given back
-
-
-class Target(Protocol):
-    """Where rows go. Called from several threads at once, for different rows, in any order."""
-
-    def write(self, first: int, rows: NDArray[np.uint8]) -> None:
-        """Take rows ``[first, first + len(rows))``, [rows, row_bytes]; they must be copied before it returns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,11 +133,10 @@ class Pipeline:
         self._name = name
         self._engine = engine
         self._pool = pool
-        self._cached_fd = cached_fd
-        self._residency = FileResidency(cached_fd)
+        figures = pool.statistics()
+        self._delivery = Delivery(name, cached_fd, figures.block_bytes, workers)
         self._file = engine.add_file(direct_fd)
         self._buffers = pool.add_to(engine)
-        figures = pool.statistics()
         self._most_reads = max(1, figures.blocks - _KEPT_FOR_WRITES)
         self._fit = Fit(smallest_bytes, figures.block_bytes, self._most_reads)
         self._fitted = self._fit.fitted()
@@ -161,9 +148,6 @@ class Pipeline:
         self._reading = self._writing = self._held = 0  # in the engine; buffers that reads have
         self._urgent = 0  # who waits for writes
         self._token = self._number = self._since_fit = 0
-        # What workers read from the page cache into, each a part.
-        self._scratch = huge_buffer(workers * figures.block_bytes)
-        self._pinned: dict[str, Callable[[], None]] = {}  # name of a device → undoes it
         self._worker_count = workers
         self._threads: list[threading.Thread] = []
         self._ending = False
@@ -199,7 +183,7 @@ class Pipeline:
             self._check()
             self._wait_written(tensor)
             self._number += 1
-            fetch = Fetch(self, self._number, tensor, _Cut(target, tokens))
+            fetch = Fetch(self, self._number, tensor, Cut(target, tokens))
             chunks = [_Chunk(fetch, run) for run in tensor.runs(first, last, self._fitted.chunk_bytes)]
             fetch.left = len(chunks)
             if chunks:
@@ -267,9 +251,8 @@ class Pipeline:
             self._wait_written(tensor)
 
     def pin(self, name: str, pin: Callable[[memoryview], Callable[[], None]]) -> None:
-        """Make what cached rows are copied from known to a device, once; `close` undoes it."""
-        if name not in self._pinned:
-            self._pinned[name] = pin(self._scratch)
+        """See `Delivery.pin`."""
+        self._delivery.pin(name, pin)
 
     def statistics(self) -> PipelineStatistics:
         """The figures at this moment."""
@@ -298,8 +281,7 @@ class Pipeline:
             if thread is not threading.current_thread():
                 thread.join()
         self._forget_exit()
-        while self._pinned:
-            self._pinned.popitem()[1]()
+        self._delivery.close()
         if not self._operations:
             for buffer in self._buffers:
                 self._engine.remove_buffer(buffer)
@@ -460,22 +442,10 @@ class Pipeline:
         if chunk.fetch.is_cancelled or self._ending:
             self._forget(chunk)
         elif result != chunk.size_bytes:
-            self._failed(chunk, self._trouble(chunk, result))
+            self._failed(chunk, failure(self._name, "reading", chunk.fetch.tensor, chunk.run, result))
         else:
             self._direct_bytes += result
             self._hand_over(chunk)
-
-    def _trouble(self, operation: _Chunk | _Write, result: int) -> KVError:
-        tensor = operation.fetch.tensor if isinstance(operation, _Chunk) else operation.tensor
-        verb = "reading" if isinstance(operation, _Chunk) else "writing"
-        what = os.strerror(-result) if result < 0 else f"{result} bytes of {operation.size_bytes}, then it ends"
-        run = operation.run
-        error = KVError(
-            f"{self._name}: {verb} {tensor.name}, blocks {run.first} to {run.last - 1}, at offset {run.offset}: "
-            f"{what}, twice; what it held has to be computed again, elsewhere if the device is failing"
-        )
-        error.__cause__ = OSError(-result if result < 0 else errno.EIO, what)
-        return error
 
     def _failed(self, chunk: _Chunk, error: KVError) -> None:
         """Try once more, past the page cache; then the fetch has failed."""
@@ -499,14 +469,13 @@ class Pipeline:
             self._writes.appendleft(write)
             return
         else:
-            write.tensor.error = write.tensor.error or self._trouble(write, result)
+            write.tensor.error = write.tensor.error or failure(self._name, "writing", write.tensor, write.run, result)
         write.tensor.writing.difference_update(range(write.run.first, write.run.last))
         self._pool.release(write.memory)
         self._condition.notify_all()
 
     def _work(self, number: int) -> None:
         """Verifies and copies."""
-        scratch = np.split(np.frombuffer(self._scratch, np.uint8), self._worker_count)[number]
         while True:
             with self._condition:
                 self._condition.wait_for(lambda: self._ready or self._ending)
@@ -516,7 +485,7 @@ class Pipeline:
             trouble: KVError | None = None
             try:
                 if not chunk.fetch.is_cancelled:
-                    trouble = self._deliver(chunk, scratch)
+                    trouble = self._deliver(chunk, number)
             except BaseException as error:  # noqa: BLE001 — the target's
                 chunk.fetch.error = chunk.fetch.error or error
             with self._condition:
@@ -531,65 +500,14 @@ class Pipeline:
                 if not self._ending:
                     self._pump()
 
-    def _deliver(self, chunk: _Chunk, scratch: NDArray[np.uint8]) -> KVError | None:
-        """Verify and copy block by block: one that is read from the page cache is still in the CPU's then."""
+    def _deliver(self, chunk: _Chunk, number: int) -> KVError | None:
         started_s = time.perf_counter()
-        tensor, run = chunk.fetch.tensor, chunk.run
-        shape = tensor.shape
         landed = None if chunk.memory is None else np.frombuffer(chunk.memory.memory, np.uint8)
-        for number in range(run.first, run.last):
-            start = (number - run.first) * shape.block_bytes
-            if landed is not None:
-                stored = landed[start : start + shape.block_bytes]
-            else:
-                stored = scratch[: shape.block_bytes]
-                try:
-                    if number == run.first:
-                        self._fill(run.offset, run.offset + chunk.size_bytes)
-                    got = _read(self._cached_fd, stored, run.offset + start)
-                except OSError as error:
-                    return self._trouble(chunk, -(error.errno or errno.EIO))
-                if got != shape.block_bytes:
-                    return self._trouble(chunk, start + got)
-            found = checksum(stored)
-            if found != tensor.checksums[number]:
-                return KVError(
-                    f"{self._name}: {tensor.name}, block {number}, at offset {run.offset + start}: its checksum is "
-                    f"{found:016x}, and it was stored with {tensor.checksums[number]:016x}, twice; the device has "
-                    "lost it, and what it held has to be computed again"
-                )
-            rows = tensor.codec.decode(stored, shape.data_bytes).reshape(shape.rows, shape.row_bytes)
-            chunk.fetch.target.write(number * shape.rows, rows)
+        trouble = self._delivery.deliver(chunk.fetch.tensor, chunk.run, chunk.fetch.target, landed, number)
+        if trouble is not None:
+            return trouble
         if landed is None:
             with self._condition:
                 self._cached_bytes += chunk.size_bytes
         self._fit.copied(chunk.size_bytes, time.perf_counter() - started_s)
         return None
-
-    def _fill(self, start: int, stop: int) -> None:
-        """Have a range in the page cache, in folios as large as it goes: reading it would fill it page by page."""
-        if self._residency.resident_bytes(start, stop) < stop - start:
-            with contextlib.suppress(OSError):  # then the read fills it, or says what is wrong
-                populate(self._cached_fd, start, stop)
-
-
-@dataclass(frozen=True, slots=True)
-class _Cut:
-    """A target that gets no more than the first so many rows: the last block may hold others."""
-
-    target: Target
-    tokens: int
-
-    def write(self, first: int, rows: NDArray[np.uint8]) -> None:
-        self.target.write(first, rows[: self.tokens - first])
-
-
-def _read(fd: int, memory: NDArray[np.uint8], offset: int) -> int:
-    """Bytes read; less than asked for where the file ends."""
-    got = 0
-    while got < len(memory):
-        moved = os.preadv(fd, [memory[got:].data], offset + got)
-        if not moved:
-            break
-        got += moved
-    return got

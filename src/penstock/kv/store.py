@@ -20,8 +20,9 @@ from penstock.device.base import Device
 from penstock.errors import KVError
 from penstock.kv import layout
 from penstock.kv.codec import RAW, Codec
+from penstock.kv.delivery import Target
 from penstock.kv.layout import BlockMap, block_shape
-from penstock.kv.pipeline import Fetch, Pipeline, PipelineStatistics, Target
+from penstock.kv.pipeline import Fetch, Pipeline, PipelineStatistics
 from penstock.kv.residency import KVTensor, Path
 from penstock.kv.tensor import StoredTensor, checksum
 from penstock.linux.pagecache import drop

@@ -1,0 +1,147 @@
+"""From a run of blocks to a target: what is in the page cache is read here, everything is verified, rows are handed on.
+
+Threads do this side by side, each with memory of its own to read into; a device that rows are copied to may know it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from penstock.errors import KVError
+from penstock.kv.tensor import Run, StoredTensor, checksum
+from penstock.linux.pagecache import FileResidency, populate
+from penstock.storage.buffers import huge_buffer
+
+
+class Target(Protocol):
+    """Where rows go. Called from several threads at once, for different rows, in any order."""
+
+    def write(self, first: int, rows: NDArray[np.uint8]) -> None:
+        """Take rows ``[first, first + len(rows))``, [rows, row_bytes]; they must be copied before it returns."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A target that gets no more than the first so many rows: the last block may hold others."""
+
+    target: Target
+    tokens: int
+
+    def write(self, first: int, rows: NDArray[np.uint8]) -> None:
+        """See `Target.write`."""
+        self.target.write(first, rows[: self.tokens - first])
+
+
+class Delivery:
+    """Verifies blocks of one region and hands their rows on.
+
+    Args:
+        name: of the region, for messages.
+        cached_fd: reads through the page cache.
+        block_bytes: that blocks have at most.
+        threads: that deliver at once.
+    """
+
+    def __init__(self, name: str, cached_fd: int, block_bytes: int, threads: int) -> None:
+        self._name = name
+        self._cached_fd = cached_fd
+        self._residency = FileResidency(cached_fd)
+        self._memory = huge_buffer(threads * block_bytes)
+        self._scratch = np.split(np.frombuffer(self._memory, np.uint8), threads)
+        self._pinned: dict[str, Callable[[], None]] = {}  # name of a device → undoes it
+
+    def pin(self, name: str, pin: Callable[[memoryview], Callable[[], None]]) -> None:
+        """Make what cached rows are copied from known to a device, once; `close` undoes it."""
+        if name not in self._pinned:
+            self._pinned[name] = pin(self._memory)
+
+    def close(self) -> None:
+        """Nobody delivers any more; a second time does nothing."""
+        while self._pinned:
+            self._pinned.popitem()[1]()
+
+    def deliver(
+        self, tensor: StoredTensor, run: Run, target: Target, landed: NDArray[np.uint8] | None, thread: int
+    ) -> KVError | None:
+        """Verify and copy block by block: one that is read from the page cache is still in the CPU's then.
+
+        Args:
+            tensor: whose blocks these are.
+            run: which ones.
+            target: of their rows.
+            landed: what the device gave; None: they are to be read through the page cache.
+            thread: number of the one that calls.
+
+        Returns:
+            What is wrong with the blocks. What the target raises is raised.
+        """
+        shape = tensor.shape
+        for number in range(run.first, run.last):
+            start = (number - run.first) * shape.block_bytes
+            if landed is not None:
+                stored = landed[start : start + shape.block_bytes]
+            else:
+                stored = self._scratch[thread][: shape.block_bytes]
+                try:
+                    if number == run.first:
+                        self._fill(run.offset, run.offset + (run.last - run.first) * shape.block_bytes)
+                    got = _read(self._cached_fd, stored, run.offset + start)
+                except OSError as error:
+                    return failure(self._name, "reading", tensor, run, -(error.errno or errno.EIO))
+                if got != shape.block_bytes:
+                    return failure(self._name, "reading", tensor, run, start + got)
+            found = checksum(stored)
+            if found != tensor.checksums[number]:
+                return KVError(
+                    f"{self._name}: {tensor.name}, block {number}, at offset {run.offset + start}: its checksum is "
+                    f"{found:016x}, and it was stored with {tensor.checksums[number]:016x}, twice; the device has "
+                    "lost it, and what it held has to be computed again"
+                )
+            rows = tensor.codec.decode(stored, shape.data_bytes).reshape(shape.rows, shape.row_bytes)
+            target.write(number * shape.rows, rows)
+        return None
+
+    def _fill(self, start: int, stop: int) -> None:
+        """Have a range in the page cache, in folios as large as it goes: reading it would fill it page by page."""
+        if self._residency.resident_bytes(start, stop) < stop - start:
+            with contextlib.suppress(OSError):  # then the read fills it, or says what is wrong
+                populate(self._cached_fd, start, stop)
+
+
+def failure(name: str, verb: str, tensor: StoredTensor, run: Run, result: int) -> KVError:
+    """What to say of blocks that a device did not give or take, a second time.
+
+    Args:
+        name: of the region.
+        verb: ``reading`` or ``writing``.
+        tensor: whose blocks.
+        run: which ones.
+        result: bytes that were moved, or a negative errno.
+    """
+    size_bytes = (run.last - run.first) * tensor.shape.block_bytes
+    what = os.strerror(-result) if result < 0 else f"{result} bytes of {size_bytes}, then it ends"
+    error = KVError(
+        f"{name}: {verb} {tensor.name}, blocks {run.first} to {run.last - 1}, at offset {run.offset}: "
+        f"{what}, twice; what it held has to be computed again, elsewhere if the device is failing"
+    )
+    error.__cause__ = OSError(-result if result < 0 else errno.EIO, what)
+    return error
+
+
+def _read(fd: int, memory: NDArray[np.uint8], offset: int) -> int:
+    """Bytes read; less than asked for where the file ends."""
+    got = 0
+    while got < len(memory):
+        moved = os.preadv(fd, [memory[got:].data], offset + got)
+        if not moved:
+            break
+        got += moved
+    return got
