@@ -1,9 +1,12 @@
 """One run of a real model, in a process of its own: ``python -m bench.kv.model ARM DIRECTORY FAMILY DEVICE STEPS``.
 
-Arms: ``dynamic`` is transformers' DynamicCache; ``offloaded`` the same with its layers in host memory; ``saved`` writes
-each layer's keys and values with torch.save after every update and reads them before the next, as oLLM does;
-``penstock`` is `NVMeCache`, and ``direct`` the same with no memory; ``session`` saves the context, loads it in a cache
-of its own and goes on, beside the prefill that this replaces.
+Arms: ``dynamic`` is transformers' DynamicCache; ``saved`` writes each layer's keys and values with torch.save after
+every update and reads them before the next, as oLLM does; ``penstock`` is `NVMeCache`, and ``direct`` the same with no
+memory; ``session`` saves the context, loads it in a cache of its own and goes on, beside the prefill that this
+replaces.
+
+On a GPU every arm is given the same tokens to go on with, whatever it made of those before: there the arithmetic alone
+differs a little from run to run, and where two tokens are about as likely that would lead to other texts.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from bench.kv.family import FAMILIES, Family
 from penstock.adapters.transformers import NVMeCache
 from penstock.testing.models import taking
+
+_COMPARED = 64  # logits of each sequence
 
 
 class SavedLayer(DynamicLayer):
@@ -62,8 +67,8 @@ def make_model(family: Family, device: str) -> Any:
 def make_cache(arm: str, config: Any, directory: Path) -> Any:
     """The cache of an arm."""
     match arm:
-        case "dynamic" | "offloaded":
-            return DynamicCache(config=config, offloading=arm == "offloaded")
+        case "dynamic":
+            return DynamicCache(config=config)
         case "saved":
             return Cache(layers=[SavedLayer(directory / f"{n}.pt") for n in range(config.num_hidden_layers)])
         case "direct":
@@ -78,6 +83,7 @@ def main() -> None:
     model = make_model(family, device)
     ids = torch.randint(3, 1000, (family.batch, family.tokens), generator=torch.Generator().manual_seed(1)).to(device)
     synchronize = torch.accelerator.synchronize if device != "cpu" else lambda: None
+    given = torch.randint(3, 1000, (int(steps), family.batch, 1), generator=torch.Generator().manual_seed(2)).to(device)
     found: dict[str, Any] = {"steps_s": [], "tokens": []}
     cache = make_cache(arm, model.config, directory)
     with torch.inference_mode():
@@ -97,14 +103,16 @@ def main() -> None:
             begin = time.perf_counter()
             cache = NVMeCache.load("bench", model.config, directory, tokens=ids.cpu(), device=device)
             found["load_s"] = time.perf_counter() - begin
-        for _ in range(int(steps)):
+        for step in range(int(steps)):
             chosen = logits[:, -1].argmax(-1, keepdim=True)
             found["tokens"].append(chosen.flatten().tolist())
+            if device != "cpu":
+                chosen = given[step]
             begin = time.perf_counter()
             logits = model(chosen, **taking(cache)).logits
             synchronize()
             found["steps_s"].append(time.perf_counter() - begin)
-        found["logits"] = logits[:, -1].double().sum(-1).tolist()
+        found["logits"] = logits[:, -1, :_COMPARED].double().flatten().tolist()
     if isinstance(cache, NVMeCache):
         figures = cache.statistics()
         found["cached_bytes"] = figures.plan.cached_bytes
