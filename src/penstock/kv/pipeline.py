@@ -33,6 +33,7 @@ from penstock.storage.pool import Block, BufferPool
 _WORKERS = 2
 _REFIT_CHUNKS = 32
 _WRITES_AT_ONCE = 8
+_TOGETHER = 4  # reads that go to the engine at once, while the device has others: each call costs as much as a copy
 _KEPT_FOR_WRITES = 2  # buffers that reads leave
 _LOOK_AGAIN_S = 0.01  # for a buffer that another cache has given back
 
@@ -140,7 +141,10 @@ class Pipeline:
         self._most_reads = max(1, figures.blocks - _KEPT_FOR_WRITES)
         self._fit = Fit(smallest_bytes, figures.block_bytes, self._most_reads)
         self._fitted = self._fit.fitted()
-        self._condition = threading.Condition()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)  # for callers: a fetch is over, a write, a buffer is free
+        self._handed = threading.Condition(self._lock)  # for the threads that copy: a chunk is ready
+        self._begun = threading.Condition(self._lock)  # for the one that takes what has landed
         self._reads: deque[_Chunk] = deque()  # waiting for a buffer
         self._writes: deque[_Write] = deque()  # waiting for the device
         self._operations: dict[int, _Chunk | _Write] = {}  # in the engine, by token
@@ -179,7 +183,7 @@ class Pipeline:
             raise ValueError(f"{tensor.name}: {tokens} rows of {tensor.tokens}")
         in_blocks = min(tensor.shape.blocks(tokens), tensor.whole_blocks)
         first, last = (0, in_blocks) if blocks is None else blocks
-        with self._condition:
+        with self._lock:
             self._check()
             self._wait_written(tensor)
             self._number += 1
@@ -201,8 +205,8 @@ class Pipeline:
 
     def wait(self, fetch: Fetch) -> None:
         """See `Fetch.wait`."""
-        with self._condition:
-            self._condition.wait_for(lambda: not fetch.left or fetch.error is not None or self._broken is not None)
+        with self._lock:
+            self._changed.wait_for(lambda: not fetch.left or fetch.error is not None or self._broken is not None)
             if fetch.error is not None:
                 self.cancel(fetch)
                 raise fetch.error
@@ -213,20 +217,20 @@ class Pipeline:
 
     def cancel(self, fetch: Fetch) -> None:
         """See `Fetch.cancel`."""
-        with self._condition:
+        with self._lock:
             fetch.is_cancelled = True
             self._drop(lambda chunk: chunk.fetch is fetch)
-            self._condition.wait_for(lambda: not fetch.left or self._broken is not None)
+            self._changed.wait_for(lambda: not fetch.left or self._broken is not None)
 
     def buffer(self) -> Block:
         """A buffer to write from; waits until there is one."""
-        with self._condition:
+        with self._lock:
             self._check()
             self._urgent += 1
             try:
                 while (block := self._pool.acquire_nowait()) is None:
                     self._pump()
-                    self._condition.wait(_LOOK_AGAIN_S)
+                    self._changed.wait(_LOOK_AGAIN_S)
                     self._check()
             finally:
                 self._urgent -= 1
@@ -234,7 +238,7 @@ class Pipeline:
 
     def write(self, tensor: StoredTensor, run: Run, memory: Block) -> None:
         """Have blocks written from a buffer of `buffer`, which is given back then."""
-        with self._condition:
+        with self._lock:
             self._check()
             tensor.writing.update(range(run.first, run.last))
             self._writes.append(_Write(tensor, run, memory))
@@ -247,7 +251,7 @@ class Pipeline:
         Raises:
             KVError: the tensor is lost.
         """
-        with self._condition:
+        with self._lock:
             self._wait_written(tensor)
 
     def pin(self, name: str, pin: Callable[[memoryview], Callable[[], None]]) -> None:
@@ -256,7 +260,7 @@ class Pipeline:
 
     def statistics(self) -> PipelineStatistics:
         """The figures at this moment."""
-        with self._condition:
+        with self._lock:
             return PipelineStatistics(
                 self._direct_bytes,
                 self._cached_bytes,
@@ -268,7 +272,7 @@ class Pipeline:
 
     def close(self) -> None:
         """End everything, write nothing that has not been begun; a second time does nothing."""
-        with self._condition:
+        with self._lock:
             if self._ending:
                 return
             self._ending = True
@@ -276,7 +280,7 @@ class Pipeline:
             for write in self._writes:
                 self._pool.release(write.memory)
             self._writes.clear()
-            self._condition.notify_all()
+            self._wake_all()
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join()
@@ -318,14 +322,14 @@ class Pipeline:
             while tensor.writing:  # even of one that is lost: its space may be somebody else's next
                 self._check()
                 self._pump()
-                self._condition.wait()
+                self._changed.wait()
         finally:
             self._urgent -= 1
         tensor.check()
 
     def _hand_over(self, chunk: _Chunk) -> None:
         heapq.heappush(self._ready, _Ready(chunk.memory is None, chunk.fetch.number, chunk.run.first, chunk))
-        self._condition.notify_all()
+        self._handed.notify()
 
     def _drop(self, unwanted: Callable[[_Chunk], bool]) -> None:
         """Forget chunks that nobody works on; their fetches will never be whole."""
@@ -344,7 +348,8 @@ class Pipeline:
     def _finish(self, chunk: _Chunk) -> None:
         chunk.fetch.left -= 1
         self._give_back(chunk)
-        self._condition.notify_all()
+        if not chunk.fetch.left or chunk.fetch.error is not None or self._urgent:
+            self._changed.notify_all()
 
     def _give_back(self, chunk: _Chunk) -> None:
         if chunk.memory is None:
@@ -361,6 +366,8 @@ class Pipeline:
         """Give the engine what it may have."""
         begun: list[_Chunk | _Write] = []
         depth = min(self._fitted.depth, self._most_reads)
+        if self._reading > _TOGETHER and depth - self._held < min(_TOGETHER, len(self._reads)):
+            depth = 0  # the device has enough to do until there are more buffers
         while self._reads and self._held < depth and (memory := self._pool.acquire_nowait()) is not None:
             chunk = self._reads.popleft()
             chunk.memory = memory
@@ -381,6 +388,8 @@ class Pipeline:
         self._was_reading = bool(self._reading)
         if begun:
             self._submit(begun)
+        if begun or self._reads:
+            self._begun.notify()
 
     def _submit(self, begun: list[_Chunk | _Write]) -> None:
         first = self._token
@@ -398,7 +407,6 @@ class Pipeline:
         requests["operation"] = [READ if isinstance(operation, _Chunk) else WRITE for operation in begun]
         self._operations.update(zip(range(first, self._token), begun, strict=True))
         self._engine.submit(requests)
-        self._condition.notify_all()
 
     # The threads.
 
@@ -406,22 +414,26 @@ class Pipeline:
         try:
             job()
         except BaseException as error:  # noqa: BLE001 — whatever it is, those who wait are to hear of it
-            with self._condition:
+            with self._lock:
                 self._broken = self._broken or error
-                self._condition.notify_all()
+                self._wake_all()
+
+    def _wake_all(self) -> None:
+        for waiting in (self._changed, self._handed, self._begun):
+            waiting.notify_all()
 
     def _serve(self) -> None:
         """Takes what the engine has done."""
         while True:
-            with self._condition:
+            with self._lock:
                 while not self._operations and not self._ending:
-                    self._condition.wait(_LOOK_AGAIN_S if self._reads else None)
+                    self._begun.wait(_LOOK_AGAIN_S if self._reads else None)
                     self._pump()
                 if not self._operations:
                     return
             done = self._engine.wait(1)
             began_s = time.perf_counter()
-            with self._condition:
+            with self._lock:
                 now = time.monotonic()
                 moved = 0
                 for token, result in zip(done["token"].tolist(), done["result"].tolist(), strict=True):
@@ -472,13 +484,13 @@ class Pipeline:
             write.tensor.error = write.tensor.error or failure(self._name, "writing", write.tensor, write.run, result)
         write.tensor.writing.difference_update(range(write.run.first, write.run.last))
         self._pool.release(write.memory)
-        self._condition.notify_all()
+        self._changed.notify_all()
 
     def _work(self, number: int) -> None:
         """Verifies and copies."""
         while True:
-            with self._condition:
-                self._condition.wait_for(lambda: self._ready or self._ending)
+            with self._lock:
+                self._handed.wait_for(lambda: self._ready or self._ending)
                 if self._ending:
                     return
                 chunk = heapq.heappop(self._ready).chunk
@@ -488,7 +500,7 @@ class Pipeline:
                     trouble = self._deliver(chunk, number)
             except BaseException as error:  # noqa: BLE001 — the target's
                 chunk.fetch.error = chunk.fetch.error or error
-            with self._condition:
+            with self._lock:
                 if trouble is not None:
                     self._failed(chunk, trouble)
                     continue
@@ -507,7 +519,7 @@ class Pipeline:
         if trouble is not None:
             return trouble
         if landed is None:
-            with self._condition:
+            with self._lock:
                 self._cached_bytes += chunk.size_bytes
         self._fit.copied(chunk.size_bytes, time.perf_counter() - started_s)
         return None
