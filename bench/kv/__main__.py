@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import click
 from rich.console import Console
@@ -18,7 +19,7 @@ from bench.errors import BenchError, RunError
 from bench.kv.arms import ARMS
 from bench.kv.family import FAMILIES
 from bench.kv.models import real_model
-from bench.kv.results import Floor, Found, Run, table, verdicts
+from bench.kv.results import FloorFile, Found, Run, table, verdicts
 from bench.kv.workload import Workload
 from bench.machine import describe
 from bench.page_cache.limit import LimitUse, MemoryLimit, may_limit
@@ -96,56 +97,61 @@ def main(
         console.print(f"without memory limits: {reason}", style="yellow", highlight=False)
     try:
         with ExitStack() as stack:
-            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-kv-", dir=directory)))
+            scratch, floor_place = (
+                Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-kv-", dir=directory)))
+                for _ in range(2)
+            )
             read_ahead = ReadAhead(directory)
             stack.callback(read_ahead.restore)
-            floor = Floor.measure(scratch, workload)
-            console.print(floor.line(), highlight=False)
             if halving:
                 if reason:
                     raise BenchError(reason)
                 sys.exit(not _halving(console, workload, scratch, rounds))
             if family:
                 sys.exit(not real_model(console, family, device, scratch, rounds, limited=not reason))
+            floor_file = stack.enter_context(FloorFile(floor_place / "floor", workload))
             found: Found = {}
             for percent in map(int, budgets.split(",")):
                 runs = found[percent] = {name: [] for name in names}
                 limit_bytes = workload.kv_bytes * percent // 100
                 for number in range(rounds):
+                    floor = floor_file.measure()
+                    console.print(f"{percent} %, round {number + 1}/{rounds}: {floor.line()}", highlight=False)
                     first = number % len(names)
                     for name in names[first:] + names[:first]:
                         if read_ahead.may_set():
                             read_ahead.set(_NARROW_KIB if name.endswith("-128") else None)
-                        runs[name].append(_run(name, workload, scratch, None if reason else limit_bytes))
+                        told = _run(name, workload, scratch, None if reason else limit_bytes)
+                        floor_s = floor.step_s(workload, percent, told["own_bytes"])
+                        runs[name].append(Run(**told, floor=floor, floor_s=floor_s))
                         console.print(_line(percent, number, rounds, name, runs[name][-1]), highlight=False)
-            floor = floor.better(Floor.measure(scratch, workload))
     except (BenchError, RunError) as error:
         raise click.ClickException(str(error)) from error
     machine = describe(directory)
     for name, value in machine.lines():
         console.print(f"{name:12} {value}", highlight=False)
-    console.print(floor.line(), highlight=False)
     for percent, runs in found.items():
-        console.print(table(percent, workload, runs, floor))
-    passed = quick or verdicts(console, workload, found, floor)
+        console.print(table(percent, workload, runs))
+    passed = quick or verdicts(console, found)
     if json_path is not None:
         rows = [
             {"percent": percent, "arm": arm, "runs": [asdict(run) for run in values]}
             for percent, runs in found.items()
             for arm, values in runs.items()
         ]
-        document = {"machine": asdict(machine), "workload": asdict(workload), "floor": asdict(floor), "rows": rows}
+        document = {"machine": asdict(machine), "workload": asdict(workload), "rows": rows}
         json_path.write_text(json.dumps(document, indent=1) + "\n")
     if plot_path is not None:
         from bench.kv.plot import plot
 
-        plot(plot_path, workload, found, floor)
+        plot(plot_path, workload, found)
     sys.exit(not passed)
 
 
 def _run(
     name: str, workload: Workload, directory: Path, limit_bytes: int | None, changes: dict[int, int] | None = None
-) -> Run:
+) -> dict[str, Any]:
+    """Run an arm; what it took, as `Run` has it but for the floor."""
     command = [sys.executable, "-m", "bench.kv.replay", name, str(directory), json.dumps(asdict(workload))]
     limit = None if limit_bytes is None else MemoryLimit(limit_bytes)
     if limit and changes:
@@ -164,18 +170,14 @@ def _run(
         raise RunError(f"{name}: exit status {done.returncode}, OOM kills {use.oom_kills}: {done.stderr[-2000:]}")
     told = json.loads(done.stdout.splitlines()[-1])
     counted = told["steps_s"][_SETTLED_STEPS:]
-    return Run(
-        prefill_s=told["prefill_s"],
-        step_s=median(counted),
-        first_step_s=told["steps_s"][0],
-        read_bytes_per_s=sum(told["read_bytes"][_SETTLED_STEPS:]) / sum(counted),
-        cpu_s=told["cpu_s"],
-        own_bytes=told["own_bytes"],
-        peak_rss_bytes=told["peak_rss_bytes"],
-        use=use,
-        figures=told["figures"],
-        steps_s=told["steps_s"],
-    )
+    read_bytes = told.pop("read_bytes")
+    return {
+        **told,
+        "step_s": median(counted),
+        "first_step_s": told["steps_s"][0],
+        "read_bytes_per_s": sum(read_bytes[_SETTLED_STEPS:]) / sum(counted),
+        "use": use,
+    }
 
 
 def _line(percent: int, number: int, rounds: int, name: str, run: Run) -> str:
@@ -200,9 +202,9 @@ def _halving(console: Console, workload: Workload, directory: Path, rounds: int)
     runs: dict[str, list[list[float]]] = {"changing": [], "whole": [], "half": []}
     for number in range(rounds):
         changes = {_PHASE_STEPS: half_bytes, 2 * _PHASE_STEPS: whole_bytes}
-        runs["changing"].append(_run("penstock", longer, directory, whole_bytes, changes).steps_s)
-        runs["whole"].append(_run("penstock", whole, directory, whole_bytes).steps_s)
-        runs["half"].append(_run("penstock", half, directory, half_bytes).steps_s)
+        runs["changing"].append(_run("penstock", longer, directory, whole_bytes, changes)["steps_s"])
+        runs["whole"].append(_run("penstock", whole, directory, whole_bytes)["steps_s"])
+        runs["half"].append(_run("penstock", half, directory, half_bytes)["steps_s"])
         for name, values in runs.items():
             console.print(f"round {number + 1}/{rounds}, {name}: {' '.join(f'{s:.2f}' for s in values[-1])}")
     passed = True

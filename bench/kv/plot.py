@@ -30,7 +30,7 @@ _NAMES = {
 }
 
 
-def plot(out: Path, workload: Workload, found: Found, floor: Floor) -> None:
+def plot(out: Path, workload: Workload, found: Found) -> None:
     """Draw each arm's median step with its least and most, and the floor, over the memory there was.
 
     Raises:
@@ -53,8 +53,7 @@ def plot(out: Path, workload: Workload, found: Found, floor: Floor) -> None:
             percents, [median(s) for s in steps], color=colour, marker="o", markersize=4, linewidth=width,
             label=_NAMES.get(name, name), zorder=3 if name == "penstock" else 2,
         )  # fmt: skip
-    own_bytes = next(run.own_bytes for runs in found.values() for values in runs.values() for run in values)
-    least = [floor.step_s(workload, percent, own_bytes) for percent in percents]
+    least = [median(run.floor_s for runs in found[percent].values() for run in runs) for percent in percents]
     axes.plot(percents, least, color=_INK, linewidth=1.1, linestyle=(0, (5, 3)), label="floor: disk or copy")
     axes.set_xticks(percents)
     axes.set_xlim(0, max(percents) * 1.02)
@@ -66,14 +65,14 @@ def plot(out: Path, workload: Workload, found: Found, floor: Floor) -> None:
     canvas.print_figure(out, format=out.suffix[1:], facecolor="white")
 
 
-def load(path: Path) -> tuple[Workload, Found, Floor]:
+def load(path: Path) -> tuple[Workload, Found]:
     """What ``python -m bench.kv --json`` wrote."""
     document = json.loads(path.read_text())
     found: Found = {}
     for row in document["rows"]:
-        runs = [Run(**{**run, "use": LimitUse(**run["use"])}) for run in row["runs"]]
+        runs = [Run(**{**run, "use": LimitUse(**run["use"]), "floor": Floor(**run["floor"])}) for run in row["runs"]]
         found.setdefault(row["percent"], {})[row["arm"]] = runs
-    return Workload(**document["workload"]), found, Floor(**document["floor"])
+    return Workload(**document["workload"]), found
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.table import Table
@@ -33,40 +33,17 @@ class Run:
     use: LimitUse
     figures: dict[str, Any]
     steps_s: list[float]
+    floor: Floor  # of the same round
+    floor_s: float  # of a step, by that
 
 
 @dataclass(frozen=True, slots=True)
 class Floor:
-    """What no arm can be faster than."""
+    """What no arm can be faster than, at the time."""
 
     disk_bytes_per_s: float
     fio_bytes_per_s: float | None
     copy_bytes_per_s: float
-
-    @classmethod
-    def measure(cls, directory: Path, workload: Workload) -> Floor:
-        path = directory / "floor"
-        size_bytes = min(2048 * MiB, max(16 * MiB, workload.kv_bytes))
-        block = os.urandom(16 * MiB)
-        with path.open("wb") as file:
-            for _ in range(size_bytes // len(block)):
-                file.write(block)
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            disk = max(bandwidth([path]) for _ in range(3))
-            fio = fio_bandwidth(path)
-        finally:
-            path.unlink()
-        return cls(disk, fio, Device(workload.device).bandwidth())
-
-    def better(self, other: Floor) -> Floor:
-        """The faster of two measurements."""
-        return Floor(
-            max(self.disk_bytes_per_s, other.disk_bytes_per_s),
-            max(self.fio_bytes_per_s or 0, other.fio_bytes_per_s or 0) or None,
-            max(self.copy_bytes_per_s, other.copy_bytes_per_s),
-        )
 
     def line(self) -> str:
         fio = "" if self.fio_bytes_per_s is None else f" (fio {self.fio_bytes_per_s / 1e9:.2f})"
@@ -78,7 +55,33 @@ class Floor:
         return max(read_bytes / self.disk_bytes_per_s, workload.kv_bytes / self.copy_bytes_per_s)
 
 
-def table(percent: int, workload: Workload, runs: dict[str, list[Run]], floor: Floor) -> Table:
+class FloorFile:
+    """A file on the disk, to measure it with as often as there are rounds."""
+
+    def __init__(self, path: Path, workload: Workload) -> None:
+        self._path = path
+        self._device = workload.device
+        size_bytes = min(2048 * MiB, max(16 * MiB, workload.kv_bytes))
+        block = os.urandom(16 * MiB)
+        with path.open("wb") as file:
+            for _ in range(size_bytes // len(block)):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def measure(self) -> Floor:
+        """What disk and copies give now, the best of three readings."""
+        disk = max(bandwidth([self._path]) for _ in range(3))
+        return Floor(disk, fio_bandwidth(self._path), Device(self._device).bandwidth())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._path.unlink()
+
+
+def table(percent: int, workload: Workload, runs: dict[str, list[Run]]) -> Table:
     title = f"memory {percent} % of {format_size(workload.kv_bytes)}: {format_size(workload.kv_bytes * percent / 100)}"
     drawn = Table(title=title, title_justify="left", title_style="bold")
     for column in ("arm", "prefill s", "step s", "of the floor", "first step s", "device GB/s", "CPU s", "peak"):
@@ -89,7 +92,7 @@ def table(percent: int, workload: Workload, runs: dict[str, list[Run]], floor: F
             name,
             f"{median(run.prefill_s for run in values):.2f}",
             f"{median(run.step_s for run in values):.2f}",
-            f"{median(run.step_s for run in values) / floor.step_s(workload, percent, values[0].own_bytes):.2f}",
+            f"{median(run.step_s / run.floor_s for run in values):.2f}",
             f"{median(run.first_step_s for run in values):.2f}",
             f"{median(run.read_bytes_per_s for run in values) / 1e9:.2f}",
             f"{median(run.cpu_s for run in values):.1f}",
@@ -98,7 +101,8 @@ def table(percent: int, workload: Workload, runs: dict[str, list[Run]], floor: F
     return drawn
 
 
-def verdicts(console: Console, workload: Workload, found: dict[int, dict[str, list[Run]]], floor: Floor) -> bool:
+def verdicts(console: Console, found: Found) -> bool:
+    """Print how each budget stands against its bars; whether all are met. Ratios are of runs of the same round."""
     passed = True
 
     def verdict(good: bool, text: str) -> None:
@@ -119,13 +123,14 @@ def verdicts(console: Console, workload: Workload, found: dict[int, dict[str, li
         most = 0.6 if percent == 50 else 1.05
         value = ratio(best, "step_s")
         verdict(value <= most, f"{percent} %: step / {best} {value:.2f} ≤ {most}")
-        of_floor = median(run.step_s for run in ours) / floor.step_s(workload, percent, ours[0].own_bytes)
+        of_floor = median(run.step_s / run.floor_s for run in ours)
         verdict(of_floor <= 1.3, f"{percent} %: step / floor {of_floor:.2f} ≤ 1.3")
         if percent <= 50 and "memmap" in others:
             value = ratio("memmap", "prefill_s")
             verdict(value <= 0.35, f"{percent} %: prefill / memmap {value:.2f} ≤ 0.35")
-        if percent < 100 and floor.fio_bytes_per_s:
-            share = median(run.read_bytes_per_s for run in ours) / floor.fio_bytes_per_s
+        shares = [run.read_bytes_per_s / run.floor.fio_bytes_per_s for run in ours if run.floor.fio_bytes_per_s]
+        if percent < 100 and shares:
+            share = median(shares)
             verdict(share >= 0.9, f"{percent} %: device {share:.2f} ≥ 0.9 of fio")
         kills = sum(run.use.oom_kills for run in ours)
         over = [run for run in ours if (run.use.peak_bytes or 0) > run.use.limit_bytes]
