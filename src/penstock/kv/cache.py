@@ -42,7 +42,7 @@ _LEAST_POOL_BYTES = 4 * _BUFFER_BYTES
 DEPTH = 16
 _FIRST_BYTES = 256 * MiB  # of a region whose size is not known
 _LARGEST_STEP_BYTES = 4096 * MiB  # by which it grows at once
-_RESERVE_SHARE = 1 / 32  # of the limit, for whoever else needs memory; with half of that the kernel stalled and took rows back
+_RESERVE_SHARE = 1 / 32  # of the limit, for whoever else needs memory; with half of that the kernel took rows back
 _PRESSURE_EVERY_S = 0.1
 
 
