@@ -383,6 +383,7 @@ class EngineTests:
                     self.check_read(_drain(engine), memory, contents)
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
+            time.sleep(0.2)  # another thread may still have one to hand on, and it would find no handler
             signal.signal(signal.SIGALRM, before)
         assert came
 
