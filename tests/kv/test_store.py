@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from penstock.errors import KVError
+from penstock.kv import delivery
 from penstock.kv.delivery import Target
 from penstock.kv.residency import KVTensor, Path
 from penstock.kv.store import KVStore, RowsTarget
@@ -225,6 +226,37 @@ def test_reads_that_fail(make_store: MakeStore, always: bool) -> None:
         free = store.statistics().pool
         assert free.free == free.blocks
         store.close()
+
+
+@pytest.mark.parametrize("kind", ["error", "damage", "end"])
+def test_page_cache_reads_that_fail(
+    make_store: MakeStore, engine: Engine, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    store = make_store(engine)
+    store.add(KEYS, 4096)
+    rows = rows_of(4096, 4096)  # one chunk of the page cache's, and many buffers
+    store.append(KEYS, rows)
+    store.move(KEYS, Path.CACHED)
+    store.settle()
+    read = delivery._read
+    block_bytes = store.tensors[KEYS].shape.block_bytes
+    bad_offset = next(store.tensors[KEYS].runs(40, 41, block_bytes)).offset
+
+    def reads(fd: int, memory: NDArray[np.uint8], offset: int) -> int:
+        got = read(fd, memory, offset)
+        if offset == bad_offset:
+            if kind == "error":
+                raise OSError(errno.EIO, "Input/output error")
+            if kind == "end":
+                return got // 2
+            memory[100] ^= 4
+        return got
+
+    monkeypatch.setattr(delivery, "_read", reads)
+    assert np.array_equal(store.read(KEYS), rows)  # the device has them
+    figures = store.statistics()
+    assert figures.pipeline.tried_again > 1  # as many as there are buffers' worth
+    assert figures.pool.free == figures.pool.blocks
 
 
 @pytest.mark.parametrize("always", [False, True])

@@ -69,7 +69,13 @@ class Delivery:
             self._pinned.popitem()[1]()
 
     def deliver(
-        self, tensor: StoredTensor, run: Run, target: Target, landed: NDArray[np.uint8] | None, thread: int
+        self,
+        tensor: StoredTensor,
+        run: Run,
+        target: Target,
+        landed: NDArray[np.uint8] | None,
+        thread: int,
+        is_wanted: Callable[[], bool],
     ) -> KVError | None:
         """Verify and copy block by block: one that is read from the page cache is still in the CPU's then.
 
@@ -79,12 +85,15 @@ class Delivery:
             target: of their rows.
             landed: what the device gave; None: they are to be read through the page cache.
             thread: number of the one that calls.
+            is_wanted: asked before each block; the rest is left where it is not.
 
         Returns:
             What is wrong with the blocks. What the target raises is raised.
         """
         shape = tensor.shape
         for number in range(run.first, run.last):
+            if not is_wanted():
+                break
             start = (number - run.first) * shape.block_bytes
             if landed is not None:
                 stored = landed[start : start + shape.block_bytes]

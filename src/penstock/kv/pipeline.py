@@ -29,6 +29,7 @@ from penstock.kv.tensor import Run, StoredTensor
 from penstock.storage.base import READ, WRITE, Engine, batch
 from penstock.storage.exiting import before_exit
 from penstock.storage.pool import Block, BufferPool
+from penstock.units import MiB
 
 _WORKERS = 2
 _REFIT_CHUNKS = 32
@@ -36,6 +37,7 @@ _WRITES_AT_ONCE = 8
 _TOGETHER = 4  # reads that go to the engine at once, while the device has others: each call costs as much as a copy
 _KEPT_FOR_WRITES = 2  # buffers that reads leave
 _LOOK_AGAIN_S = 0.01  # for a buffer that another cache has given back
+_CACHED_CHUNK_BYTES = 16 * MiB  # takes no buffer; larger ones make what has landed meanwhile wait
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,11 +190,13 @@ class Pipeline:
             self._wait_written(tensor)
             self._number += 1
             fetch = Fetch(self, self._number, tensor, Cut(target, tokens))
-            chunks = [_Chunk(fetch, run) for run in tensor.runs(first, last, self._fitted.chunk_bytes)]
+            is_cached = tensor.path is Path.CACHED
+            chunk_bytes = _CACHED_CHUNK_BYTES if is_cached else self._fitted.chunk_bytes
+            chunks = [_Chunk(fetch, run) for run in tensor.runs(first, last, chunk_bytes)]
             fetch.left = len(chunks)
             if chunks:
                 self._start()
-            if tensor.path is Path.CACHED:
+            if is_cached:
                 for chunk in chunks:
                     self._hand_over(chunk)
             else:
@@ -465,10 +469,15 @@ class Pipeline:
             chunk.fetch.error = chunk.fetch.error or error
             self._finish(chunk)
             return
-        self._tried_again += 1
-        chunk.is_again = True
         self._give_back(chunk)
-        self._reads.appendleft(chunk)
+        tensor = chunk.fetch.tensor
+        again = [  # as large as a buffer
+            _Chunk(chunk.fetch, run, is_again=True)
+            for run in tensor.runs(chunk.run.first, chunk.run.last, self._fitted.chunk_bytes)
+        ]
+        self._tried_again += len(again)
+        chunk.fetch.left += len(again) - 1
+        self._reads.extendleft(reversed(again))
         self._pump()
 
     def _written(self, write: _Write, result: int) -> None:
@@ -496,8 +505,7 @@ class Pipeline:
                 chunk = heapq.heappop(self._ready).chunk
             trouble: KVError | None = None
             try:
-                if not chunk.fetch.is_cancelled:
-                    trouble = self._deliver(chunk, number)
+                trouble = self._deliver(chunk, number)
             except BaseException as error:  # noqa: BLE001 — the target's
                 chunk.fetch.error = chunk.fetch.error or error
             with self._lock:
@@ -515,8 +523,11 @@ class Pipeline:
     def _deliver(self, chunk: _Chunk, number: int) -> KVError | None:
         started_s = time.perf_counter()
         landed = None if chunk.memory is None else np.frombuffer(chunk.memory.memory, np.uint8)
-        trouble = self._delivery.deliver(chunk.fetch.tensor, chunk.run, chunk.fetch.target, landed, number)
-        if trouble is not None:
+        fetch = chunk.fetch
+        trouble = self._delivery.deliver(
+            fetch.tensor, chunk.run, fetch.target, landed, number, lambda: not fetch.is_cancelled
+        )
+        if trouble is not None or fetch.is_cancelled:
             return trouble
         if landed is None:
             with self._lock:
