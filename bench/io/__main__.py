@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from rich.table import Table
 from bench.errors import BenchError, RunError
 from bench.io.loops import SHAPES, Figure, Shape, arms, check_engine, check_file, make_file
 from bench.machine import describe
+from bench.output import write_json
 from penstock.linux import uring
 from penstock.storage.base import READ, WRITE
 from penstock.storage.threads import ThreadEngine
@@ -81,7 +81,7 @@ def main(size: str, rounds: int, seconds: float, directory: Path, json_path: Pat
             for shape, figures in found.items()
             for arm, values in figures.items()
         ]
-        json_path.write_text(json.dumps({"machine": asdict(machine), "rows": rows}, indent=1) + "\n")
+        write_json(json_path, {"machine": asdict(machine), "rows": rows})
     sys.exit(failed)
 
 

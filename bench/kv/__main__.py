@@ -22,6 +22,7 @@ from bench.kv.models import real_model
 from bench.kv.results import FloorFile, Found, Run, table, verdicts
 from bench.kv.workload import Workload
 from bench.machine import describe
+from bench.output import write_json
 from bench.page_cache.limit import LimitUse, MemoryLimit, may_limit
 from bench.readahead import ReadAhead
 from penstock.units import parse_size
@@ -140,7 +141,7 @@ def main(
             for arm, values in runs.items()
         ]
         document = {"machine": asdict(machine), "workload": asdict(workload), "rows": rows}
-        json_path.write_text(json.dumps(document, indent=1) + "\n")
+        write_json(json_path, document)
     if plot_path is not None:
         from bench.kv.plot import plot
 

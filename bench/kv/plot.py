@@ -62,6 +62,7 @@ def plot(out: Path, workload: Workload, found: Found) -> None:
     axes.set_xlabel(f"memory, percent of {size} of keys and values", fontsize=9, color=_INK)
     axes.set_title("a decode step, seconds", loc="left", fontsize=9.5, color=_INK)
     axes.legend(frameon=False, fontsize=8.5, labelcolor=_INK)
+    out.parent.mkdir(parents=True, exist_ok=True)
     canvas.print_figure(out, format=out.suffix[1:], facecolor="white")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import compileall
-import json
 import os
 import shutil
 import signal
@@ -28,6 +27,7 @@ from bench.errors import BenchError, RunError
 from bench.machine import describe
 from bench.memory import Ballast
 from bench.model import generate
+from bench.output import write_json
 from bench.page_cache.arms import ARMS, CLIENTS, Key
 from bench.page_cache.limit import may_limit
 from bench.page_cache.results import Results
@@ -240,7 +240,7 @@ def _run(
     for key, message in failures:
         console.print(f"FAIL  {key.setting}  {key.arm}: {message}", style="bold red", markup=False)
     if json_path is not None:
-        _write_json(
+        write_json(
             json_path,
             {
                 "machine": asdict(machine),
@@ -282,12 +282,6 @@ def _missing(read_ahead: ReadAhead) -> dict[str, str]:
 def _default_directory() -> Path:
     cache = os.environ.get("XDG_CACHE_HOME")
     return (Path(cache) if cache else Path.home() / ".cache") / "penstock-bench"
-
-
-def _write_json(path: Path, content: object) -> None:
-    beside = path.with_name(f"{path.name}.partial")
-    beside.write_text(json.dumps(content, indent=1) + "\n")
-    beside.replace(path)
 
 
 @contextmanager
