@@ -55,7 +55,8 @@ def _fastsafetensors(directory: Path, device: str) -> Callable[[], dict[str, Any
     from fastsafetensors import SafeTensorsFileLoader
 
     def load() -> dict[str, Any]:
-        loader = SafeTensorsFileLoader(None, device=device, nogds=True)
+        numbered = f"{device}:0" if device == "cuda" else device
+        loader = SafeTensorsFileLoader(None, device=numbered, nogds=True)
         loader.add_filenames({0: [str(path) for path in _files(directory)]})
         buffers = loader.copy_files_to_device()
         found = {name: buffers.get_tensor(name) for name in loader.get_keys()}

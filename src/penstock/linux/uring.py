@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penstock.errors import UnsupportedError
-from penstock.linux.libc import syscall
+from penstock.linux.libc import prepared_syscall, syscall
 
 _SETUP, _ENTER, _REGISTER = 425, 426, 427
 
@@ -179,6 +179,9 @@ class _Iovec(ctypes.Structure):
     _fields_ = [("base", ctypes.c_uint64), ("length", ctypes.c_uint64)]
 
 
+_enter = prepared_syscall(_ENTER, "io_uring_enter", 6)
+
+
 class Ring:
     """One io_uring. Not safe to use from several threads at once, but for `enter` without submissions.
 
@@ -220,42 +223,46 @@ class Ring:
         self._sq_tail = self._word(sq.tail)
         self._cq_head = self._word(cq.head)
         self._cq_tail = self._word(cq.tail)
-        self._sqes = np.frombuffer(self._entries, self.sqe_dtype, self.entries)
-        self._cqes = np.frombuffer(self._ring, self.cqe_dtype, self.completions, cq.dropped_or_cqes)
+        # Rows of words, [entries, words]: numpy copies structures field by field, which takes ten times as long.
+        self._sqes = np.frombuffer(self._entries, np.uint64).reshape(self.entries, -1)
+        cqes = np.frombuffer(self._ring, np.uint64, cqes_bytes // 8, cq.dropped_or_cqes)
+        self._cqes = cqes.reshape(self.completions, -1)
         # Entry number n of the ring is always SQE number n.
         np.frombuffer(self._ring, np.uint32, self.entries, sq.array_or_flags)[:] = np.arange(self.entries)
 
-    def _word(self, offset: int) -> NDArray[np.uint32]:
-        return np.frombuffer(self._ring, np.uint32, 1, offset)
+    def _word(self, offset: int) -> memoryview:
+        return memoryview(self._ring)[offset : offset + 4].cast("I")  # read in a third of the time of an array's
 
     def push(self, sqes: Sqes) -> int:
         """Copy entries into the submission ring, as many as fit; returns their number. `enter` submits them."""
-        tail = int(self._sq_tail[0])
+        tail = self._sq_tail[0]
         count = min(len(sqes), self.entries - self.unsubmitted)
         position = tail & (self.entries - 1)
         first = min(count, self.entries - position)
-        self._sqes[position : position + first] = sqes[:first]
+        rows = np.ascontiguousarray(sqes).view(np.uint64).reshape(len(sqes), -1)
+        self._sqes[position : position + first] = rows[:first]
         if first < count:
-            self._sqes[: count - first] = sqes[first:count]
+            self._sqes[: count - first] = rows[first:count]
         self._sq_tail[0] = (tail + count) & 0xFFFFFFFF
         return count
 
     @property
     def unsubmitted(self) -> int:
         """Entries pushed that the kernel has not taken yet."""
-        return (int(self._sq_tail[0]) - int(self._sq_head[0])) & 0xFFFFFFFF
+        return (self._sq_tail[0] - self._sq_head[0]) & 0xFFFFFFFF
 
     @property
     def completed(self) -> int:
         """Completions that are in the ring."""
-        return (int(self._cq_tail[0]) - int(self._cq_head[0])) & 0xFFFFFFFF
+        return (self._cq_tail[0] - self._cq_head[0]) & 0xFFFFFFFF
 
     def retract(self) -> Sqes:
         """Take back the entries that the kernel has not taken."""
-        head, count = int(self._sq_head[0]), self.unsubmitted
-        taken: Sqes = self._sqes[(head + np.arange(count)) & (self.entries - 1)]
+        head, count = self._sq_head[0], self.unsubmitted
+        taken = self._sqes[(head + np.arange(count)) & (self.entries - 1)]
         self._sq_tail[0] = head
-        return taken
+        entries: Sqes = taken.view(self.sqe_dtype)[:, 0]
+        return entries
 
     def enter(self, submit: int, wait: int, timeout_s: float | None = None) -> int:
         """Submit entries and wait for completions; returns how many entries the kernel took.
@@ -269,13 +276,12 @@ class Ring:
             OSError: EINTR, EAGAIN or EBUSY (no memory for more now, or completions to be taken first), or EBADR.
         """
         if not wait or timeout_s is None:
-            return syscall(_ENTER, "io_uring_enter", self.fd, submit, wait, _ENTER_GETEVENTS, None, 0)
+            return _enter(self.fd, submit, wait, _ENTER_GETEVENTS, 0, 0)
         timespec = _Timespec(int(timeout_s), int(timeout_s % 1 * 1e9))
         argument = _GetEventsArg(ts=ctypes.addressof(timespec))
         flags = _ENTER_GETEVENTS | _ENTER_EXT_ARG
-        pointer = ctypes.cast(ctypes.byref(argument), ctypes.POINTER(_GetEventsArg))
         try:
-            return syscall(_ENTER, "io_uring_enter", self.fd, submit, wait, flags, pointer, ctypes.sizeof(argument))
+            return _enter(self.fd, submit, wait, flags, ctypes.addressof(argument), ctypes.sizeof(argument))
         except OSError as error:
             if error.errno == errno.ETIME:
                 return 0
@@ -283,7 +289,7 @@ class Ring:
 
     def pop(self) -> Cqes:
         """Take all completions that are in the ring."""
-        head, tail = int(self._cq_head[0]), int(self._cq_tail[0])
+        head, tail = self._cq_head[0], self._cq_tail[0]
         count = (tail - head) & 0xFFFFFFFF  # not self.completed: the tail moves
         position = (tail - count) & (self.completions - 1)
         first = min(count, self.completions - position)
@@ -291,7 +297,7 @@ class Ring:
         if first < count:
             taken = np.concatenate((taken, self._cqes[: count - first]))
         self._cq_head[0] = tail
-        return taken
+        return taken.view(self.cqe_dtype)[:, 0]
 
     def supports(self, opcode: int) -> bool:
         """Whether this kernel knows an opcode."""

@@ -227,7 +227,7 @@ class NvmeEngine(UringEngine):
         return slots
 
     def _entries(self, slots: NDArray[np.intp]) -> Sqes:
-        requests = self._slots[slots]
+        requests = self._at(slots)
         files = requests["file"]
         facts = self._namespaces[files]
         block = requests["offset"] // facts["lba_bytes"]

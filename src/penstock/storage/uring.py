@@ -28,7 +28,10 @@ from penstock.storage.base import (
     Engine,
     Requests,
     completed,
+    joined,
+    records,
     resume_at,
+    words,
 )
 
 # Requests that the kernel has at once. Devices take fewer (virtio 256, NVMe 1023 a queue); chosen without measurement.
@@ -65,7 +68,8 @@ class UringEngine(Engine):
 
     def __init__(self, depth: int = DEPTH, *, register_buffers: bool = True) -> None:
         super().__init__()
-        self._ring = Ring(depth, 2 * depth, self._sqe_dtype)
+        self._ring = Ring(2 * depth, 2 * depth, self._sqe_dtype)
+        self._depth = self._ring.entries // 2  # less than asked for where the kernel has no rings so large
         self._lock = threading.Condition()
         self._backlog: deque[Requests] = deque()
         self._ready: list[Completions] = []
@@ -74,8 +78,9 @@ class UringEngine(Engine):
         self._is_awaited = False  # a thread is in the kernel, waiting for all of us
         # Each request in the kernel has a slot, and its number is the entry's user_data. As many again wait in the
         # submission ring, so that completions are answered with what is ready, and looked at afterwards.
-        slots = 2 * self._ring.entries
+        slots = 2 * self._depth
         self._slots = np.zeros(slots, COMPLETION_DTYPE)
+        self._slot_words = words(self._slots)
         self._reached = np.zeros(slots, np.int64)  # [slots], bytes
         self._resumed = np.zeros(slots, np.int64)  # [slots], where the present try began
         self._faulted = np.zeros(slots, bool)  # [slots], EFAULT came once
@@ -119,7 +124,7 @@ class UringEngine(Engine):
             stopped = np.concatenate((self._retract(), np.array(self._again, np.int64)))
             self._again.clear()
             self._give_back(stopped)
-            cancelled = self._slots[stopped]
+            cancelled = self._at(stopped)
             cancelled["result"] = -errno.ECANCELED
             self._finish(cancelled)
             self._cancel_in_kernel()
@@ -204,9 +209,7 @@ class UringEngine(Engine):
                 else:
                     self._wait_in_kernel(count - self._ready_count, left_s)
             ready, self._ready, self._ready_count = self._ready, [], 0
-        if len(ready) == 1:
-            return ready[0]
-        return np.concatenate(ready) if ready else np.zeros(0, COMPLETION_DTYPE)
+        return joined(ready) if ready else np.zeros(0, COMPLETION_DTYPE)
 
     def _wait_in_kernel(self, count: int, left_s: float | None) -> None:
         """Wait for completions in the ring, with the lock released: only one thread at a time may count on them."""
@@ -236,7 +239,7 @@ class UringEngine(Engine):
     @property
     def _room(self) -> int:
         """Requests that may go to the kernel. Needs the lock."""
-        return self._ring.entries - self._in_kernel
+        return self._depth - self._in_kernel
 
     def _pump(self) -> None:
         """Give the kernel what it can take, and make the next ones ready. Needs the lock."""
@@ -265,14 +268,18 @@ class UringEngine(Engine):
             count += len(requests)
         self._free_count -= count
         slots = self._free[self._free_count : self._free_count + count].copy()
-        self._slots[slots] = completed(taken[0] if len(taken) == 1 else np.concatenate(taken), 0)
+        self._slot_words[slots] = words(completed(joined(taken), 0))
         self._reached[slots] = 0
         self._resumed[slots] = 0
         self._faulted[slots] = False
         return slots
 
+    def _at(self, slots: NDArray[np.intp]) -> Completions:
+        """Copies of the requests in some slots."""
+        return records(self._slot_words.take(slots, 0), COMPLETION_DTYPE)
+
     def _entries(self, slots: NDArray[np.intp]) -> Sqes:
-        requests, begun = self._slots[slots], self._resumed[slots]
+        requests, begun = self._at(slots), self._resumed[slots]
         buffers, files = requests["buffer"], requests["file"]
         entries = np.zeros(len(slots), SQE_DTYPE)
         entries["opcode"] = self._buffer_opcodes[buffers] + requests["operation"]
@@ -287,17 +294,18 @@ class UringEngine(Engine):
 
     def _flush(self, most: int) -> None:
         """Have the kernel take entries of the submission ring; what it cannot take now stays there."""
-        group = _FIRST_GROUP if most >= self._ring.entries else _GROUP
-        while (count := min(self._ring.unsubmitted, most, group)) > 0:
-            group = _GROUP
+        group = _FIRST_GROUP if most >= self._depth else _GROUP
+        most = min(most, self._ring.unsubmitted)
+        while most > 0:
             try:
-                most -= self._ring.enter(count, 0)
+                most -= self._ring.enter(min(most, group), 0)
             except OSError as error:
                 if error.errno == errno.EINTR:
                     continue
                 if error.errno not in (errno.EAGAIN, errno.EBUSY):
                     raise
                 return
+            group = _GROUP
 
     def _take(self, entries: Cqes) -> None:
         """Account for completions. Needs the lock."""
@@ -308,7 +316,7 @@ class UringEngine(Engine):
             entries = entries[slots >= 0]
             slots = entries["user_data"].view(np.int64)
         moved = self._moved(entries, slots)
-        finished = self._slots[slots]
+        finished = self._at(slots)
         finished["result"] = self._resumed[slots] + moved
         is_whole = (moved >= 0) & (finished["result"] >= finished["length"])
         if not is_whole.all():
