@@ -197,7 +197,7 @@ class UringEngine(Engine):
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         with self._lock:
             while self._pending:
-                self._flush(self._room)
+                self._flush()
                 if not self._is_awaited:  # who waits in the kernel counts on what is in the ring
                     self._take(self._ring.pop())
                 self._pump()
@@ -236,14 +236,9 @@ class UringEngine(Engine):
         """Requests under way there. Needs the lock."""
         return len(self._slots) - self._free_count - self._ring.unsubmitted - len(self._again) - self._ring.completed
 
-    @property
-    def _room(self) -> int:
-        """Requests that may go to the kernel. Needs the lock."""
-        return self._depth - self._in_kernel
-
     def _pump(self) -> None:
         """Give the kernel what it can take, and make the next ones ready. Needs the lock."""
-        self._flush(self._room)
+        self._flush()
         while room := self._ring.entries - self._ring.unsubmitted:
             if self._again:
                 slots, self._again = np.array(self._again[:room]), self._again[room:]
@@ -252,7 +247,7 @@ class UringEngine(Engine):
             else:
                 return
             self._ring.push(self._entries(slots))
-            self._flush(self._room)
+            self._flush()
 
     def _place(self, most: int) -> NDArray[np.intp]:
         """Slots for as many requests of the backlog as there are."""
@@ -269,9 +264,6 @@ class UringEngine(Engine):
         self._free_count -= count
         slots = self._free[self._free_count : self._free_count + count].copy()
         self._slot_words[slots] = words(completed(joined(taken), 0))
-        self._reached[slots] = 0
-        self._resumed[slots] = 0
-        self._faulted[slots] = False
         return slots
 
     def _at(self, slots: NDArray[np.intp]) -> Completions:
@@ -292,10 +284,14 @@ class UringEngine(Engine):
         entries["buffer"] = self._buffer_slots[buffers]
         return entries
 
-    def _flush(self, most: int) -> None:
-        """Have the kernel take entries of the submission ring; what it cannot take now stays there."""
-        group = _FIRST_GROUP if most >= self._depth else _GROUP
-        most = min(most, self._ring.unsubmitted)
+    def _flush(self, least_room: int = 0) -> None:
+        """Have the kernel take entries of the submission ring; what it cannot take now stays there. Needs the lock."""
+        unsubmitted = self._ring.unsubmitted
+        if not unsubmitted:
+            return
+        room = self._depth - self._in_kernel
+        group = _FIRST_GROUP if room >= self._depth else _GROUP
+        most = min(unsubmitted, max(room, least_room))
         while most > 0:
             try:
                 most -= self._ring.enter(min(most, group), 0)
