@@ -264,6 +264,9 @@ class UringEngine(Engine):
         self._free_count -= count
         slots = self._free[self._free_count : self._free_count + count].copy()
         self._slot_words[slots] = words(completed(joined(taken), 0))
+        self._reached[slots] = 0
+        self._resumed[slots] = 0
+        self._faulted[slots] = False
         return slots
 
     def _at(self, slots: NDArray[np.intp]) -> Completions:
