@@ -14,7 +14,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "penstock"
 
 # From the bottom up; packages on one line do not know each other.
 LAYERS = (
-    ("units", "errors", "__init__"),
+    ("units", "errors", "records", "__init__"),
     ("linux",),
     ("storage",),
     ("device",),

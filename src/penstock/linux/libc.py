@@ -7,7 +7,7 @@ import os
 
 TYPE_CHECKING = False  # typing's own takes 8 ms to import, and a program may wait for this module
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from typing import Any
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -15,7 +15,8 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 
 def _raise_errno(result: int, function: Any, _arguments: tuple[Any, ...]) -> int:
     if result == -1:
-        raise _error(function.__name__)
+        number = ctypes.get_errno()
+        raise OSError(number, f"{function.__name__}: {os.strerror(number)}")
     return result
 
 
@@ -44,25 +45,6 @@ def syscall(number: int, name: str, *arguments: int | ctypes._Pointer[Any] | Non
     words = [ctypes.c_long(a) if isinstance(a, int) else a for a in arguments]
     result: int = _SYSCALL(ctypes.c_long(number), *words)
     if result == -1:
-        raise _error(name)
+        error = ctypes.get_errno()
+        raise OSError(error, f"{name}: {os.strerror(error)}")
     return result
-
-
-def prepared_syscall(number: int, name: str, argument_count: int) -> Callable[..., int]:
-    """`syscall` for one that is called again and again: of integers alone, addresses included; 4 µs a call sooner."""
-    entry = _LIBC["syscall"]  # an object of its own, as each time
-    entry.argtypes = [ctypes.c_long] * (1 + argument_count)
-    entry.restype = ctypes.c_long
-
-    def call(*arguments: int) -> int:
-        result: int = entry(number, *arguments)
-        if result == -1:
-            raise _error(name)
-        return result
-
-    return call
-
-
-def _error(name: str) -> OSError:
-    number = ctypes.get_errno()
-    return OSError(number, f"{name}: {os.strerror(number)}")

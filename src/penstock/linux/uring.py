@@ -29,7 +29,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penstock.errors import UnsupportedError
-from penstock.linux.libc import prepared_syscall, syscall
+from penstock.linux.libc import syscall
+from penstock.records import as_records, words
 
 _SETUP, _ENTER, _REGISTER = 425, 426, 427
 
@@ -179,9 +180,6 @@ class _Iovec(ctypes.Structure):
     _fields_ = [("base", ctypes.c_uint64), ("length", ctypes.c_uint64)]
 
 
-_enter = prepared_syscall(_ENTER, "io_uring_enter", 6)
-
-
 class Ring:
     """One io_uring. Not safe to use from several threads at once, but for `enter` without submissions.
 
@@ -223,7 +221,7 @@ class Ring:
         self._sq_tail = self._word(sq.tail)
         self._cq_head = self._word(cq.head)
         self._cq_tail = self._word(cq.tail)
-        # Rows of words, [entries, words]: numpy copies structures field by field, which takes ten times as long.
+        # Rows of words, [entries, words].
         self._sqes = np.frombuffer(self._entries, np.uint64).reshape(self.entries, -1)
         cqes = np.frombuffer(self._ring, np.uint64, cqes_bytes // 8, cq.dropped_or_cqes)
         self._cqes = cqes.reshape(self.completions, -1)
@@ -239,7 +237,7 @@ class Ring:
         count = min(len(sqes), self.entries - self.unsubmitted)
         position = tail & (self.entries - 1)
         first = min(count, self.entries - position)
-        rows = np.ascontiguousarray(sqes).view(np.uint64).reshape(len(sqes), -1)
+        rows = words(sqes)
         self._sqes[position : position + first] = rows[:first]
         if first < count:
             self._sqes[: count - first] = rows[first:count]
@@ -261,8 +259,7 @@ class Ring:
         head, count = self._sq_head[0], self.unsubmitted
         taken = self._sqes[(head + np.arange(count)) & (self.entries - 1)]
         self._sq_tail[0] = head
-        entries: Sqes = taken.view(self.sqe_dtype)[:, 0]
-        return entries
+        return as_records(taken, self.sqe_dtype)
 
     def enter(self, submit: int, wait: int, timeout_s: float | None = None) -> int:
         """Submit entries and wait for completions; returns how many entries the kernel took.
@@ -276,12 +273,13 @@ class Ring:
             OSError: EINTR, EAGAIN or EBUSY (no memory for more now, or completions to be taken first), or EBADR.
         """
         if not wait or timeout_s is None:
-            return _enter(self.fd, submit, wait, _ENTER_GETEVENTS, 0, 0)
+            return syscall(_ENTER, "io_uring_enter", self.fd, submit, wait, _ENTER_GETEVENTS, None, 0)
         timespec = _Timespec(int(timeout_s), int(timeout_s % 1 * 1e9))
         argument = _GetEventsArg(ts=ctypes.addressof(timespec))
         flags = _ENTER_GETEVENTS | _ENTER_EXT_ARG
+        pointer = ctypes.cast(ctypes.byref(argument), ctypes.POINTER(_GetEventsArg))
         try:
-            return _enter(self.fd, submit, wait, flags, ctypes.addressof(argument), ctypes.sizeof(argument))
+            return syscall(_ENTER, "io_uring_enter", self.fd, submit, wait, flags, pointer, ctypes.sizeof(argument))
         except OSError as error:
             if error.errno == errno.ETIME:
                 return 0
@@ -297,7 +295,7 @@ class Ring:
         if first < count:
             taken = np.concatenate((taken, self._cqes[: count - first]))
         self._cq_head[0] = tail
-        return taken.view(self.cqe_dtype)[:, 0]
+        return as_records(taken, self.cqe_dtype)
 
     def supports(self, opcode: int) -> bool:
         """Whether this kernel knows an opcode."""

@@ -18,13 +18,14 @@ import fcntl
 import os
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from penstock.records import as_records, words
 
 BLOCK_BYTES = 4096  # aligned enough for any O_DIRECT of today: logical blocks are of 512 or 4096 bytes
 
@@ -201,7 +202,7 @@ class Engine(ABC):
             np.add.at(self._file_uses, requests["file"], 1)
             np.add.at(self._buffer_uses, requests["buffer"], 1)
             self._in_flight += len(requests)
-        self._submit(records(words(requests).copy(), REQUEST_DTYPE))
+        self._submit(as_records(words(requests).copy(), REQUEST_DTYPE))
 
     def wait(self, count: int = 1, timeout_s: float | None = None) -> Completions:
         """Wait until that many requests are done, or all that are in flight, and take all that are.
@@ -351,28 +352,10 @@ class Engine(ABC):
 
 def completed(requests: Requests, results: ArrayLike) -> Completions:
     """Requests with their results."""
-    rows = np.empty((len(requests), COMPLETION_DTYPE.itemsize // 8), np.uint64)
+    rows = np.empty((len(requests), COMPLETION_DTYPE.itemsize // 8), np.uint64)  # a request's, and one more
     rows[:, :-1] = words(requests)
     rows.view(np.int64)[:, -1] = results
-    return records(rows, COMPLETION_DTYPE)
-
-
-def words(records: NDArray[np.void]) -> NDArray[np.uint64]:
-    """The same memory in machine words, [records, words]: a completion is a request and one word more.
-
-    Records are copied as words in a tenth of the time, as numpy copies them field by field.
-    """
-    return np.ascontiguousarray(records).view(np.uint64).reshape(len(records), records.itemsize // 8)
-
-
-def records(rows: NDArray[np.uint64], dtype: np.dtype[np.void]) -> NDArray[np.void]:
-    """The other way round: rows of words, [records, words], contiguous, as records."""
-    return rows.view(dtype)[:, 0]
-
-
-def joined(parts: Sequence[NDArray[np.void]]) -> NDArray[np.void]:
-    """Records of one or more arrays in one."""
-    return parts[0] if len(parts) == 1 else records(np.concatenate([words(part) for part in parts]), parts[0].dtype)
+    return as_records(rows, COMPLETION_DTYPE)
 
 
 def failure(completion: np.void, path: str) -> OSError:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from penstock.linux import uring
 from penstock.linux.uring import LARGEST_BUFFER_BYTES, SQE_DTYPE, Cqes, Ring, Sqes
+from penstock.records import as_records, joined, words
 from penstock.storage.base import (
     COMPLETION_DTYPE,
     WRITE,
@@ -28,10 +29,7 @@ from penstock.storage.base import (
     Engine,
     Requests,
     completed,
-    joined,
-    records,
     resume_at,
-    words,
 )
 
 # Requests that the kernel has at once. Devices take fewer (virtio 256, NVMe 1023 a queue); chosen without measurement.
@@ -271,7 +269,7 @@ class UringEngine(Engine):
 
     def _at(self, slots: NDArray[np.intp]) -> Completions:
         """Copies of the requests in some slots."""
-        return records(self._slot_words.take(slots, 0), COMPLETION_DTYPE)
+        return as_records(self._slot_words.take(slots, 0), COMPLETION_DTYPE)
 
     def _entries(self, slots: NDArray[np.intp]) -> Sqes:
         requests, begun = self._at(slots), self._resumed[slots]
