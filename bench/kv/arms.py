@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from bench.errors import RunError
 from bench.kv.workload import Comparing, Device, Source, Workload
-from penstock.kv.cache import DEPTH, KVCache
+from penstock.kv.cache import BUFFER_BYTES, DEPTH, POOL_BYTES, KVCache
 from penstock.kv.pipeline import Fetch
 from penstock.kv.residency import KVTensor
 from penstock.kv.residency import Path as Residence
@@ -26,8 +26,6 @@ from penstock.units import MiB
 
 _COPY_BYTES = 1 * MiB
 _AHEAD = 8  # tensors whose rows are asked for before they are needed: four layers
-_POOL_BYTES = 96 * MiB
-_BUFFER_BYTES = 2 * MiB
 
 
 class Arm(ABC):
@@ -166,7 +164,7 @@ class Stored(Kept):
             Region.create(directory / "region", _region_bytes(workload), owner="penstock bench")
         )
         engine = self._closing.enter_context(create_engine(depth=DEPTH)[0])
-        pool = self._closing.enter_context(BufferPool(_POOL_BYTES, _BUFFER_BYTES))
+        pool = self._closing.enter_context(BufferPool(POOL_BYTES, BUFFER_BYTES))
         store = self._closing.enter_context(KVStore(made, engine, pool))
         self.kept = store
         self.add()

@@ -34,12 +34,12 @@ OWNER = "penstock kv"
 
 Memory: TypeAlias = int | Literal["auto"]
 
-_BUFFER_BYTES = 2 * MiB
-_POOL_BYTES = 96 * MiB  # a virtio disk was dry 4 % of the time with 64, and steps took 5 to 10 % longer
-_LEAST_POOL_BYTES = 4 * _BUFFER_BYTES
-# In the kernel at once; as many again and more wait in the engine. A virtio disk reports what it has read when it has
-# nothing more to do, so with all of them in the kernel it idles until the buffers are free again: 5 % of a step.
-DEPTH = 16
+BUFFER_BYTES = 4 * MiB  # steps from the device took 1.6 s with 4, 1.75 with 2 and 1.6 to 1.8 with 8 (4.5 GB, medians)
+_SMALL_BUFFER_BYTES = 2 * MiB  # where there are too few of the others
+_FEW = 12
+POOL_BYTES = 96 * MiB  # a virtio disk was dry 4 % of the time with 64, and steps took 5 to 10 % longer
+_LEAST_POOL_BYTES = 4 * _SMALL_BUFFER_BYTES
+DEPTH = 32  # as many as there are buffers: what waits in the engine waits for a thread to wake up, 5 % of a step
 _FIRST_BYTES = 256 * MiB  # of a region whose size is not known
 _LARGEST_STEP_BYTES = 4096 * MiB  # by which it grows at once
 _RESERVE_SHARE = 1 / 32  # of the limit, for whoever else needs memory; with half of that the kernel took rows back
@@ -102,7 +102,7 @@ class KVCache:
         memory: Memory = "auto",
         size_bytes: int = 0,
         engine: EngineName = "auto",
-        pool_bytes: int = _POOL_BYTES,
+        pool_bytes: int = POOL_BYTES,
         codec: Codec = RAW,
         ranking: Ranking = spread,
         overwrite: bool = False,
@@ -272,7 +272,8 @@ def _shared_pool(size_bytes: int) -> Iterator[BufferPool]:
     """The buffers of all caches of this process."""
     global _pool
     with _pool_lock:
-        pool, users = _pool or (BufferPool(size_bytes, _BUFFER_BYTES), 0)
+        buffer_bytes = BUFFER_BYTES if size_bytes >= _FEW * BUFFER_BYTES else _SMALL_BUFFER_BYTES
+        pool, users = _pool or (BufferPool(size_bytes, buffer_bytes), 0)
         _pool = pool, users + 1
     try:
         yield pool

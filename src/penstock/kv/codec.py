@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +30,11 @@ class Codec(ABC):
     def decode(self, stored: NDArray[np.uint8], data_bytes: int) -> NDArray[np.uint8]:
         """The rows again, [data_bytes]; may be a view of what is stored."""
 
+    def decode_all(self, stored: NDArray[np.uint8], data_bytes: int) -> Iterator[NDArray[np.uint8]]:
+        """The rows of adjacent blocks, stored as [blocks, encoded_bytes], in as few pieces as they come in."""
+        for block in stored:
+            yield self.decode(block, data_bytes)
+
 
 class RawCodec(Codec):
     """Rows as they are; decoding copies nothing."""
@@ -44,6 +50,12 @@ class RawCodec(Codec):
 
     def decode(self, stored: NDArray[np.uint8], data_bytes: int) -> NDArray[np.uint8]:
         return stored[:data_bytes]
+
+    def decode_all(self, stored: NDArray[np.uint8], data_bytes: int) -> Iterator[NDArray[np.uint8]]:
+        if stored.shape[1] == data_bytes:
+            yield stored.reshape(-1)
+        else:
+            yield from super().decode_all(stored, data_bytes)
 
 
 RAW = RawCodec()

@@ -77,7 +77,7 @@ class Delivery:
         thread: int,
         is_wanted: Callable[[], bool],
     ) -> KVError | None:
-        """Verify and copy block by block: one that is read from the page cache is still in the CPU's then.
+        """Verify and copy: what the device gave at once, what is read here block by block, so that caches have it.
 
         Args:
             tensor: whose blocks these are.
@@ -85,37 +85,51 @@ class Delivery:
             target: of their rows.
             landed: what the device gave; None: they are to be read through the page cache.
             thread: number of the one that calls.
-            is_wanted: asked before each block; the rest is left where it is not.
+            is_wanted: asked before each copy; the rest is left where it is not.
 
         Returns:
             What is wrong with the blocks. What the target raises is raised.
         """
-        shape = tensor.shape
+        block_bytes = tensor.shape.block_bytes
+        size_bytes = (run.last - run.first) * block_bytes
+        if landed is not None:
+            return self._hand_on(tensor, run, landed[:size_bytes], target) if is_wanted() else None
+        stored = self._scratch[thread][:block_bytes]
         for number in range(run.first, run.last):
             if not is_wanted():
                 break
-            start = (number - run.first) * shape.block_bytes
-            if landed is not None:
-                stored = landed[start : start + shape.block_bytes]
-            else:
-                stored = self._scratch[thread][: shape.block_bytes]
-                try:
-                    if number == run.first:
-                        self._fill(run.offset, run.offset + (run.last - run.first) * shape.block_bytes)
-                    got = _read(self._cached_fd, stored, run.offset + start)
-                except OSError as error:
-                    return failure(self._name, "reading", tensor, run, -(error.errno or errno.EIO))
-                if got != shape.block_bytes:
-                    return failure(self._name, "reading", tensor, run, start + got)
-            found = checksum(stored)
+            start = (number - run.first) * block_bytes
+            try:
+                if number == run.first:
+                    self._fill(run.offset, run.offset + size_bytes)
+                got = _read(self._cached_fd, stored, run.offset + start)
+            except OSError as error:
+                return failure(self._name, "reading", tensor, run, -(error.errno or errno.EIO))
+            if got != block_bytes:
+                return failure(self._name, "reading", tensor, run, start + got)
+            trouble = self._hand_on(tensor, Run(number, number + 1, run.offset + start), stored, target)
+            if trouble is not None:
+                return trouble
+        return None
+
+    def _hand_on(self, tensor: StoredTensor, run: Run, stored: NDArray[np.uint8], target: Target) -> KVError | None:
+        """Rows of blocks that are in memory, once all of those have been verified."""
+        shape = tensor.shape
+        blocks = stored.reshape(-1, shape.block_bytes)
+        for number, block in enumerate(blocks, run.first):
+            found = checksum(block)
             if found != tensor.checksums[number]:
+                offset = run.offset + (number - run.first) * shape.block_bytes
                 return KVError(
-                    f"{self._name}: {tensor.name}, block {number}, at offset {run.offset + start}: its checksum is "
+                    f"{self._name}: {tensor.name}, block {number}, at offset {offset}: its checksum is "
                     f"{found:016x}, and it was stored with {tensor.checksums[number]:016x}, twice; the device has "
                     "lost it, and what it held has to be computed again"
                 )
-            rows = tensor.codec.decode(stored, shape.data_bytes).reshape(shape.rows, shape.row_bytes)
-            target.write(number * shape.rows, rows)
+        at = run.first * shape.rows
+        for piece in tensor.codec.decode_all(blocks, shape.data_bytes):
+            rows = piece.reshape(-1, shape.row_bytes)
+            target.write(at, rows)
+            at += len(rows)
         return None
 
     def _fill(self, start: int, stop: int) -> None:

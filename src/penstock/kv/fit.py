@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 _FIXED_SHARE = 0.02  # of a chunk's time that may be spent on what is not its bytes
 _FORGET = 0.97  # what a measurement counts for, when the next has come
-_DRY_SHARE = 0.02  # of the time that the device may have nothing to do while there is work
+_DRY_SHARE = 0.02  # of the time that the device may have too little to do while there is work
 _DEEPER, _SHALLOWER = 1.5, 0.99  # of the depth, each time that is looked at
 _SHORTEST_S = 1e-6  # that is believed
 _FEWEST = 3  # chunks: one copied, one read, one about to be
@@ -85,7 +85,7 @@ class Fit:
             self._landings = self._landings * _FORGET + chunks
 
     def watched(self, watched_s: float, starved_s: float) -> None:
-        """For so long there was something to read, and for so long of it the device was not asked for anything."""
+        """For so long there was something to read, and for so long of it the device was not asked for enough."""
         with self._lock:
             self._watched_s += watched_s
             self._starved_s += starved_s

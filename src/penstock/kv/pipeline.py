@@ -48,7 +48,7 @@ class PipelineStatistics:
     cached_bytes: int  # read through it
     written_bytes: int
     tried_again: int  # chunks that failed or were damaged at first
-    starved_s: float  # the device had nothing to do while chunks were waiting for a buffer
+    starved_s: float  # the device had little or nothing to do while chunks were waiting for a buffer
     fitted: Fitted
 
 
@@ -162,7 +162,7 @@ class Pipeline:
         self._direct_bytes = self._cached_bytes = self._written_bytes = self._tried_again = 0
         self._starved_s = 0.0
         self._watched_since = self._busy_since = self._returned_at = 0.0
-        self._was_reading = False
+        self._is_short = False  # fewer reads in the engine than would be, were there buffers
 
     # What callers do.
 
@@ -385,11 +385,12 @@ class Pipeline:
         if begun and not self._operations:
             self._busy_since = now
         if self._watched_since:  # there was something to read
-            is_starved = not self._was_reading
-            self._fit.watched(now - self._watched_since, (now - self._watched_since) * is_starved)
-            self._starved_s += (now - self._watched_since) * is_starved
+            watched_s = now - self._watched_since
+            starved_s = watched_s if self._is_short else 0.0
+            self._fit.watched(watched_s, starved_s)
+            self._starved_s += starved_s
         self._watched_since = now if self._reads or self._reading else 0.0
-        self._was_reading = bool(self._reading)
+        self._is_short = bool(self._reads) and self._reading < _TOGETHER
         if begun:
             self._submit(begun)
         if begun or self._reads:
@@ -517,7 +518,7 @@ class Pipeline:
                 if self._since_fit >= _REFIT_CHUNKS:
                     self._since_fit = 0
                     self._fitted = self._fit.fitted()
-                if not self._ending:
+                if not self._ending and self._reading < _TOGETHER:  # else the thread that takes what lands does it
                     self._pump()
 
     def _deliver(self, chunk: _Chunk, number: int) -> KVError | None:
