@@ -22,7 +22,10 @@ from penstock.storage.threads import ThreadEngine
 from penstock.storage.uring import UringEngine
 from penstock.units import KiB, MiB, format_size
 
-PAGE_BYTES = 4 * KiB  # each holds its own number
+PAGE_BYTES = 4 * KiB  # each holds its own number, at the beginning of each sector
+_SECTOR_WORDS = 512 // 8
+_REST = np.random.default_rng(0).integers(0, 1 << 63, PAGE_BYTES // 8, np.uint64)  # what else a page holds
+_SPREAD = np.uint64(0x9E3779B97F4A7C15)
 _DRAWN = 1 << 20  # offsets: what 4 KiB requests take in ten seconds
 
 
@@ -56,7 +59,7 @@ SHAPES = tuple(
 
 
 def make_file(path: Path, size_bytes: int) -> None:
-    """A file whose every page holds its own number, in all its words."""
+    """A file whose every page holds its own number, in each sector."""
     with path.open("wb") as file:
         for start in range(0, size_bytes, 16 * MiB):
             file.write(_contents(start, min(16 * MiB, size_bytes - start)).tobytes())
@@ -79,7 +82,9 @@ def check_file(path: Path) -> None:
 def _contents(start: int, size_bytes: int) -> NDArray[np.uint64]:
     """Of a part of the file."""
     pages = np.arange(start // PAGE_BYTES, (start + size_bytes) // PAGE_BYTES, dtype=np.uint64)
-    return np.repeat(pages * np.uint64(0x9E3779B97F4A7C15), PAGE_BYTES // 8)
+    words = np.tile(_REST, (len(pages), 1))
+    words[:, ::_SECTOR_WORDS] = (pages * _SPREAD)[:, None]
+    return words.reshape(-1)
 
 
 class _Offsets:
@@ -105,12 +110,13 @@ def _cpu_s() -> float:
 def with_engine(make: Callable[[], Engine], path: Path, shape: Shape, seconds: float, seed: int) -> Figure:
     """By one of penstock's engines, which is made so that it has no more than the shape's depth under way.
 
-    As many requests again wait in the engine: batches are what it is for.
+    Three times as many requests wait in the engine: batches are what it is for.
     """
     size_bytes = path.stat().st_size
     offsets = _Offsets(size_bytes, shape.block_bytes, seed)
-    blocks = 2 * shape.depth
+    blocks = 4 * shape.depth
     memory = np.frombuffer(huge_buffer(blocks * shape.block_bytes), np.uint8)
+    memory[:] = np.tile(_REST.view(np.uint8), len(memory) // PAGE_BYTES)
     places = np.arange(blocks) * shape.block_bytes
     fd = os.open(path, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
     try:
@@ -136,7 +142,7 @@ def with_engine(make: Callable[[], Engine], path: Path, shape: Shape, seconds: f
             begin(places)
             requests = 0
             while True:
-                done = engine.wait(max(1, shape.depth // 4))
+                done = engine.wait(shape.depth)
                 if (done["result"] != shape.block_bytes).any():
                     raise RunError(f"{engine.name}: {shape}: results {np.unique(done['result']).tolist()}")
                 requests += len(done)
@@ -158,6 +164,7 @@ def plain(path: Path, shape: Shape, seconds: float, seed: int) -> Figure:
     offsets = _Offsets(path.stat().st_size, shape.block_bytes, seed)
     buffer = huge_buffer(shape.block_bytes)
     memory = np.frombuffer(buffer, np.uint8)
+    memory[:] = np.tile(_REST.view(np.uint8), len(memory) // PAGE_BYTES)
     first = np.zeros(1, np.int64)
     fd = os.open(path, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
     try:
@@ -212,12 +219,12 @@ def _figure(requests: int, shape: Shape, elapsed_s: float, cpu_s: float) -> Figu
 
 
 def _stamp(memory: NDArray[np.uint8], places: NDArray[np.int64], offsets: NDArray[np.int64], block_bytes: int) -> None:
-    """Put into blocks of memory what belongs at those offsets of the file."""
-    words = memory.view(np.uint64).reshape(-1, PAGE_BYTES // 8)  # [pages, words]
+    """Make blocks of memory, which hold some pages of the file, what belongs at those offsets of it."""
+    words = memory.view(np.uint64).reshape(-1, PAGE_BYTES // 8)[:, ::_SECTOR_WORDS]  # [pages, sectors]
     pages = np.arange(block_bytes // PAGE_BYTES)
     at = (places[:, None] // PAGE_BYTES + pages).ravel()
     numbers = (offsets[:, None] // PAGE_BYTES + pages).ravel().astype(np.uint64)
-    words[at] = (numbers * np.uint64(0x9E3779B97F4A7C15))[:, None]
+    words[at] = (numbers * _SPREAD)[:, None]
 
 
 def _check(memory: NDArray[np.uint8], places: NDArray[np.int64], offsets: NDArray[np.int64], block_bytes: int) -> None:

@@ -10,13 +10,12 @@ from numpy.typing import NDArray
 
 def words(records: NDArray[np.void]) -> NDArray[np.uint64]:
     """The same memory in machine words, [records, words]; a copy where the records do not lie side by side."""
-    return np.ascontiguousarray(records).view(np.uint64).reshape(len(records), records.itemsize // 8)
+    return np.ndarray((len(records), records.itemsize // 8), np.uint64, np.ascontiguousarray(records))
 
 
 def as_records(rows: NDArray[np.uint64], dtype: np.dtype[np.void]) -> NDArray[np.void]:
     """The other way round: rows of words, [records, words], contiguous."""
-    records: NDArray[np.void] = rows.view(dtype)[:, 0]
-    return records
+    return np.ndarray(len(rows), dtype, rows)
 
 
 def joined(parts: Sequence[NDArray[np.void]]) -> NDArray[np.void]:

@@ -41,6 +41,8 @@ _REQUEST_FIELDS = [
     ("operation", np.int64),  # READ or WRITE
 ]
 REQUEST_DTYPE = np.dtype(_REQUEST_FIELDS)
+# Words of a request in which those are; buffer and file share one.
+_OFFSET, _LENGTH, _BUFFER_OFFSET, _PLACE, _OPERATION, _RESULT = range(1, 7)
 COMPLETION_DTYPE = np.dtype([*_REQUEST_FIELDS, ("result", np.int64)])  # bytes transferred, or −errno
 Requests: TypeAlias = NDArray[np.void]  # of REQUEST_DTYPE, [requests]
 Completions: TypeAlias = NDArray[np.void]  # of COMPLETION_DTYPE, [completions]
@@ -64,7 +66,7 @@ def batch(
         "buffer": buffer,
         "buffer_offset": buffer_offset,
     }
-    size = max(map(np.size, fields.values()))
+    size = max((np.size(values) for values in fields.values() if not isinstance(values, int)), default=1)
     requests = np.zeros(size, REQUEST_DTYPE)
     requests["operation"] = operation
     requests["token"] = np.arange(size) if token is None else token
@@ -198,11 +200,13 @@ class Engine(ABC):
             return
         with self._registry:
             self._check_open()
-            self._check(requests)
-            np.add.at(self._file_uses, requests["file"], 1)
-            np.add.at(self._buffer_uses, requests["buffer"], 1)
+            requests = as_records(words(requests).copy(), REQUEST_DTYPE)
+            low, high = _bounds(requests)
+            if not self._is_plain(low, high):
+                self._check(requests)
+            self._count_uses(requests, low[_PLACE], high[_PLACE], 1)
             self._in_flight += len(requests)
-        self._submit(as_records(words(requests).copy(), REQUEST_DTYPE))
+        self._submit(requests)
 
     def wait(self, count: int = 1, timeout_s: float | None = None) -> Completions:
         """Wait until that many requests are done, or all that are in flight, and take all that are.
@@ -212,12 +216,17 @@ class Engine(ABC):
             timeout_s: take what is done after this time at the latest.
         """
         done = self._wait(count, timeout_s)
-        failed = int(np.count_nonzero(done["result"] < 0))
-        moved = np.maximum(done["result"], 0) if failed else done["result"]
-        moved_bytes, written_bytes = int(moved.sum()), int(np.dot(moved, done["operation"]))
+        if not len(done):
+            return done
+        low, high = _bounds(done)
+        moved, failed = done["result"], 0
+        if low[_RESULT] < 0:
+            moved, failed = np.maximum(moved, 0), int(np.count_nonzero(moved < 0))
+        moved_bytes = int(moved.sum())
+        is_mixed = low[_OPERATION] != high[_OPERATION]
+        written_bytes = int(np.dot(moved, done["operation"])) if is_mixed else moved_bytes * high[_OPERATION]
         with self._registry:
-            np.subtract.at(self._file_uses, done["file"], 1)
-            np.subtract.at(self._buffer_uses, done["buffer"], 1)
+            self._count_uses(done, low[_PLACE], high[_PLACE], -1)
             self._in_flight -= len(done)
             self._requests += len(done)
             self._failed += failed
@@ -312,6 +321,32 @@ class Engine(ABC):
         if self._closed:
             raise RuntimeError(f"{self.name}: the engine is closed")
 
+    def _is_plain(self, low: list[int], high: list[int]) -> bool:
+        """Whether the least and the most of each word are enough to see that a batch is good: it mostly has one file
+        and one buffer. Of another, each request has to be looked at."""
+        file, buffer = high[_PLACE] >> 32, high[_PLACE] & 0xFFFFFFFF
+        return (
+            low[_PLACE] == high[_PLACE]
+            and 0 <= file < len(self._fds)
+            and buffer < len(self._sizes)
+            and self._fds[file] >= 0
+            and low[_OFFSET] >= 0
+            and low[_LENGTH] > 0
+            and low[_BUFFER_OFFSET] >= 0
+            and high[_BUFFER_OFFSET] + high[_LENGTH] <= self._sizes[buffer]
+            and low[_OPERATION] >= READ
+            and high[_OPERATION] <= WRITE
+            and bool(low[_OPERATION] == WRITE or self._writable[buffer])
+        )
+
+    def _count_uses(self, requests: Requests, low: int, high: int, change: int) -> None:
+        if low == high:
+            self._file_uses[high >> 32] += change * len(requests)
+            self._buffer_uses[high & 0xFFFFFFFF] += change * len(requests)
+        else:
+            np.add.at(self._file_uses, requests["file"], change)
+            np.add.at(self._buffer_uses, requests["buffer"], change)
+
     def _check(self, requests: Requests) -> None:
         files, buffers = requests["file"], requests["buffer"]
         is_known = _most(files) < len(self._fds) and _most(buffers) < len(self._sizes)
@@ -348,6 +383,12 @@ class Engine(ABC):
             index = int(np.argmax(wrong))
             fields = ", ".join(f"{name}={requests[index][name]}" for name in REQUEST_DTYPE.names or ())
             raise ValueError(f"{self.name}: request {index} of {len(requests)} {what}: {fields}")
+
+
+def _bounds(requests: Requests | Completions) -> tuple[list[int], list[int]]:
+    """The least and the most of each word."""
+    rows = words(requests).view(np.int64)
+    return np.minimum.reduce(rows).tolist(), np.maximum.reduce(rows).tolist()
 
 
 def completed(requests: Requests, results: ArrayLike) -> Completions:
