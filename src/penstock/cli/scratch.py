@@ -93,6 +93,17 @@ def fitting_size(size_bytes: int, directory: Path) -> tuple[int, str]:
     return most_bytes // _LEAST_BYTES * _LEAST_BYTES, why
 
 
+def use_memory(size_bytes: int) -> None:
+    """Touch so much memory, if there is, and free it again: what lay with a virtual machine's host is at hand then.
+
+    Without it, which of several runs has to wait for its memory is chance.
+    """
+    from penstock.storage.buffers import huge_buffer
+
+    with contextlib.suppress(MemoryError):
+        huge_buffer(size_bytes)
+
+
 @contextlib.contextmanager
 def scratch_directory(parent: Path, *, keep: bool) -> Iterator[Path]:
     """A directory that is removed however the demo ends, at the latest by the next demo beside it."""
