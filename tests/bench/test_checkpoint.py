@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from bench.readahead import block_device
@@ -14,24 +15,34 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def test_quick_runs_every_arm(tmp_path: Path) -> None:
+    rows = quick_rows(tmp_path, "--models", "model", "--states", "cold")
+    assert {"penstock", "safetensors", "readinto"} <= {row["arm"] for row in rows}
+    assert all(run["seconds"] > 0 for row in rows for run in row["runs"])
+
+
+def test_quick_runs_every_model_and_state(tmp_path: Path) -> None:
+    rows = quick_rows(tmp_path, "--arms", "penstock,safetensors,readinto")
+    found = {(row["model"], row["state"]) for row in rows}
+    assert found == {(model, state) for model in ("model", "experts") for state in ("cold", "warm")}
+    assert all(run["seconds"] > 0 for row in rows for run in row["runs"])
+
+
+def quick_rows(tmp_path: Path, *options: str) -> list[dict[str, Any]]:
     try:
         block_device(tmp_path)
     except FileNotFoundError as error:
         pytest.skip(f"needs temporary files on a block device: {error}")
     answer = tmp_path / "answer.json"
+    place = ["--dir", str(tmp_path / "bench"), "--json", str(answer)]
     done = subprocess.run(
-        [sys.executable, "-m", "bench.checkpoint", "--quick", "--dir", str(tmp_path / "bench"), "--json", str(answer)],
+        [sys.executable, "-m", "bench.checkpoint", "--quick", *place, *options],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = json.loads(answer.read_text())["rows"]
-    found = {(row["model"], row["state"]) for row in rows}
-    assert found == {(model, state) for model in ("model", "experts") for state in ("cold", "warm")}
-    arms = {row["arm"] for row in rows}
-    assert {"penstock", "safetensors", "readinto"} <= arms
-    assert all(run["seconds"] > 0 for row in rows for run in row["runs"])
+    rows: list[dict[str, Any]] = json.loads(answer.read_text())["rows"]
+    return rows
 
 
 def test_an_arm_that_is_none() -> None:
