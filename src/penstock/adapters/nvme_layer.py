@@ -125,17 +125,20 @@ class _CpuTarget:
     """Rows of the store, [batch, heads, head_dim] each, into host memory [batch, heads, tokens, head_dim]."""
 
     def __init__(self, tensor: torch.Tensor, stored_batch: int, lineage: NDArray[np.int32] | None) -> None:
-        self._bytes = tensor.view(torch.uint8).numpy()  # without a copy; the last dimension is bytes now
+        # Bytes without a copy, and then one element a head: copied whole, not byte by byte.
+        bytes_of = tensor.view(torch.uint8).numpy()
+        self._head = np.dtype((np.void, bytes_of.shape[-1]))
+        self._heads = bytes_of.view(self._head)[..., 0]
         self._lineage = lineage
-        self._row_shape = (stored_batch, tensor.shape[1], self._bytes.shape[-1])
+        self._row_shape = (stored_batch, tensor.shape[1])
 
     def write(self, first: int, rows: NDArray[np.uint8]) -> None:
-        parts = rows.reshape(len(rows), *self._row_shape)
+        parts = rows.view(self._head).reshape(len(rows), *self._row_shape)
         if self._lineage is not None:
             lineage = self._lineage[first : first + len(rows)]
             parts = parts[np.arange(len(rows))[:, None], lineage]
         # numpy and not torch, which would start threads of its own in each thread that copies.
-        np.copyto(self._bytes[:, :, first : first + len(rows)], parts.transpose(1, 2, 0, 3))
+        np.copyto(self._heads[:, :, first : first + len(rows)], parts.transpose(1, 2, 0))
 
 
 class _DeviceTarget:
