@@ -124,5 +124,7 @@ def test_a_saver_that_is_killed(tmp_path: Path) -> None:
             for layer in cache.layers:
                 assert bool((layer.keys == saved).all())
                 assert bool((layer.values == saved).all())
-        left = [entry.name for entry in os.scandir(tmp_path) if not entry.name.endswith(".penstock-session")]
-        assert left == []
+    # One that was killed while a session took another's place may have left its file; the next writer removes it.
+    with NVMeCache.load("mine", config, tmp_path, tokens=torch.zeros(1, 4000)) as cache:
+        cache.save("mine", torch.zeros(1, 4000))
+    assert os.listdir(tmp_path) == ["mine.penstock-session"]

@@ -109,6 +109,8 @@ def delete(path: Path, yes: bool) -> None:
 
     Nothing else is deleted: a file that is neither is left as it is.
     """
+    from penstock.linux.wholefile import remove_abandoned
+
     files = list(_files(path))
     if path.is_dir() and files and not yes:
         many = "1 session" if len(files) == 1 else f"{len(files)} sessions"
@@ -120,6 +122,7 @@ def delete(path: Path, yes: bool) -> None:
             file.unlink()
         except OSError as error:
             raise click.ClickException(str(error)) from error
+        remove_abandoned(file)
         click.echo(f"deleted {file}")
     if not files:
         click.echo(f"{path}: no sessions", err=True)

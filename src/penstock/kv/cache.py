@@ -299,10 +299,7 @@ def _create(path: pathlib.Path, size_bytes: int, overwrite: bool, destroying: st
         return region, lambda: None
     wanted_bytes = size_bytes or _FIRST_BYTES
     if path.is_dir():
-        path = path / f".penstock-kv-{os.urandom(8).hex()}"
-        region = Region.create(path, wanted_bytes, owner=OWNER)
-        path.unlink()  # gone with the process, however that ends
-        return region, lambda: None
+        return Region.create_unnamed(path, wanted_bytes, owner=OWNER), lambda: None
     if path.exists():
         raise FileExistsError(
             errno.EEXIST,

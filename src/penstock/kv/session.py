@@ -20,8 +20,6 @@ one when it is whole.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -37,6 +35,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from penstock.errors import SessionError
+from penstock.linux.wholefile import WholeFile
 from penstock.units import MiB, format_size
 
 SUFFIX = ".penstock-session"
@@ -89,21 +88,10 @@ class SessionWriter:
     """
 
     def __init__(self, path: Path, facts: Mapping[str, Any]) -> None:
-        self._path = path
         self._facts = facts
         self._parts: list[Part] = []
         self._at = _ALIGNMENT_BYTES
-        self._partial: Path | None = None
-        try:
-            self._fd = os.open(path.parent, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
-                raise
-            self._partial = self._beside()
-            self._fd = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-
-    def _beside(self) -> Path:
-        return self._path.with_name(f".{self._path.name}.{os.urandom(8).hex()}")
+        self._file = WholeFile(path)
 
     def add(self, name: str, data: NDArray[np.uint8], about: Mapping[str, Any]) -> None:
         """Write one part, [bytes]."""
@@ -111,7 +99,7 @@ class SessionWriter:
         for start in range(0, len(data), CHUNK_BYTES):
             chunk = data[start : start + CHUNK_BYTES]
             checksums.append(xxhash.xxh3_64_intdigest(chunk.data))
-            _write(self._fd, chunk, self._at + start)
+            self._file.write(chunk.data, self._at + start)
         self._parts.append(Part(name, self._at, len(data), dict(about), tuple(checksums)))
         self._at += -(-len(data) // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
 
@@ -128,33 +116,15 @@ class SessionWriter:
             for part in self._parts
         ]
         table = json.dumps({"facts": self._facts, "parts": parts}).encode()
-        _write(self._fd, np.frombuffer(table, np.uint8), self._at)
+        self._file.write(table, self._at)
         digest = hashlib.blake2b(table, digest_size=32).digest()
-        header = _HEADER.pack(MAGIC, _VERSION, 0, self._at, len(table), digest)
-        _write(self._fd, np.frombuffer(header, np.uint8), 0)
-        os.fsync(self._fd)
-        if self._partial is None:
-            self._partial = self._beside()
-            # Any src_dir_fd has Python call linkat, which follows the link if it is told to; link does not.
-            os.link(f"/proc/self/fd/{self._fd}", self._partial, src_dir_fd=self._fd, follow_symlinks=True)
-        os.rename(self._partial, self._path)
-        self._partial = None
-        directory = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-        os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        self._file.write(_HEADER.pack(MAGIC, _VERSION, 0, self._at, len(table), digest))
+        self._file.commit()
+        os.posix_fadvise(self._file.fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
         """Without `commit` before, nothing is left of it; a second time does nothing."""
-        if self._fd < 0:
-            return
-        fd, self._fd = self._fd, -1
-        os.close(fd)
-        if self._partial is not None:
-            with contextlib.suppress(FileNotFoundError):
-                self._partial.unlink()
+        self._file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -268,9 +238,3 @@ class SessionReader:
 def _part(entry: Any) -> Part:
     checksums = tuple(int(value, 16) for value in entry["checksums"])
     return Part(str(entry["name"]), int(entry["offset"]), int(entry["bytes"]), entry["about"], checksums)
-
-
-def _write(fd: int, data: NDArray[np.uint8], offset: int) -> None:
-    done = 0
-    while done < len(data):
-        done += os.pwrite(fd, data[done:].data, offset + done)

@@ -9,6 +9,7 @@ import os
 import time
 from pathlib import Path
 
+from penstock.linux.wholefile import WholeFile
 from penstock.pagecache.base import ModelFile
 from penstock.pagecache.template import fingerprint
 
@@ -45,7 +46,7 @@ class FingerprintCache:
             return found  # another change may yet get the same date
         with contextlib.suppress(OSError):
             self._directory.mkdir(parents=True, exist_ok=True)
-            partial = entry.with_name(f".{entry.name}.{os.getpid()}")
-            partial.write_text(json.dumps({"path": file.path, "key": key, "fingerprint": found}), encoding="utf-8")
-            os.replace(partial, entry)
+            with WholeFile(entry, 0o644) as kept:
+                kept.write(json.dumps({"path": file.path, "key": key, "fingerprint": found}).encode())
+                kept.commit(is_durable=False)
         return found

@@ -8,8 +8,6 @@ a file.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -20,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from penstock.errors import TemplateError, TemplateFormatError
+from penstock.linux.wholefile import WholeFile, remove_abandoned
 from penstock.linux.window import PAGE_BYTES
 from penstock.pagecache.base import Range
 from penstock.pagecache.intervals import IntervalSet
@@ -288,39 +287,17 @@ class TemplateStore:
         """
         self.directory.mkdir(parents=True, exist_ok=True)
         path = self.path(template.service)
-        partial = self.directory / f".{path.name}.{os.urandom(8).hex()}"  # containers share pids
-        handle = self._open_unnamed()
-        named = handle is None
-        if handle is None:
-            handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(template.to_json())
-                file.flush()
-                os.fsync(file.fileno())
-                if not named:
-                    # With a directory descriptor os.link() is linkat(AT_SYMLINK_FOLLOW); without, it links the link.
-                    os.link(f"/proc/self/fd/{file.fileno()}", partial, src_dir_fd=file.fileno())
-            os.replace(partial, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                partial.unlink()
-            raise
+        with WholeFile(path, 0o644) as file:
+            file.write(template.to_json().encode())
+            file.commit()
         return path
-
-    def _open_unnamed(self) -> int | None:
-        """A file without a name, which a recorder killed while writing cannot leave behind."""
-        try:
-            return os.open(self.directory, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            if error.errno in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT):
-                return None  # the file system has none (NFS, some overlays)
-            raise
 
     def delete(self, service: str) -> bool:
         """Delete a service's template; False where there was none."""
+        path = self.path(service)
+        remove_abandoned(path)
         try:
-            self.path(service).unlink()
+            path.unlink()
         except FileNotFoundError:
             return False
         return True

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from penstock.errors import ReportError, UnsupportedError
+from penstock.linux.wholefile import WholeFile
 from penstock.report.report import Report
 from penstock.units import GiB, MiB
 
@@ -81,14 +81,11 @@ def plot(reports: Sequence[tuple[str, Report]], out: Path, device_limit_bytes_pe
     cached.set_xlabel("seconds since the program's start", fontsize=9, color=_INK)
     cached.set_xlim(0, end_s * 1.01)
 
-    partial = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        canvas.print_figure(partial, format=out.suffix[1:].lower(), facecolor="white")
-        os.replace(partial, out)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise
+    picture = io.BytesIO()
+    canvas.print_figure(picture, format=out.suffix[1:].lower(), facecolor="white")
+    with WholeFile(out, 0o666) as file:
+        file.write(picture.getbuffer())
+        file.commit(is_durable=False)
 
 
 def bandwidth_bins(report: Report) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

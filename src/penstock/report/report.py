@@ -6,7 +6,6 @@ keys are passed over, so that a field may be added without a new version.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -16,6 +15,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from penstock import __version__
 from penstock.errors import ReportError
+from penstock.linux.wholefile import WholeFile
 from penstock.pagecache.sample import Sample
 from penstock.units import format_size
 
@@ -116,14 +116,9 @@ class Report:
         if target.exists() and not target.is_file():  # a file in place of /dev/null would be everybody's loss
             target.write_text(self.to_json(), encoding="utf-8")
             return
-        partial = target.with_name(f".{target.name}.{os.getpid()}")
-        try:
-            partial.write_text(self.to_json(), encoding="utf-8")
-            os.replace(partial, target)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                partial.unlink()
-            raise
+        with WholeFile(target, 0o666) as file:
+            file.write(self.to_json().encode())
+            file.commit(is_durable=False)
 
 
 def summary_lines(report: Report) -> list[str]:

@@ -20,7 +20,6 @@ writes no header, which a power cut could leave torn, or on the device before th
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import hashlib
@@ -34,6 +33,7 @@ from typing import Self
 
 from penstock.errors import RegionError
 from penstock.linux.extents import Extent, ExtentFlag, extents, runs
+from penstock.linux.wholefile import WholeFile, open_unnamed
 from penstock.storage.allocator import Allocator
 from penstock.storage.base import BLOCK_BYTES
 from penstock.storage.buffers import huge_buffer
@@ -66,7 +66,7 @@ class Region:
     the start of the file or device. Which ranges are taken is not stored; that is the owner's to know.
 
     Attributes:
-        path: of the file or device.
+        path: of the file or device; of the directory, where the file has no name.
         fd: open for direct reading and writing, or through the page cache where the file system has no O_DIRECT.
         is_direct: which of the two.
         header: see `RegionHeader`.
@@ -94,7 +94,7 @@ class Region:
     ) -> Self:
         """Make a region and open it.
 
-        A file is preallocated under another name and renamed when it is whole, so that a full file system shows now and
+        A file is preallocated without a name and gets one when it is whole, so that a full file system shows now and
         leaves nothing. A block device is taken as large as it is, if size_bytes is 0.
 
         Args:
@@ -109,45 +109,39 @@ class Region:
             OSError: ENOSPC, or whatever the file system says.
         """
         path = Path(path)
-        if len(owner.encode()) > _LONGEST_OWNER_BYTES or not owner:
-            raise ValueError(f"owner: 1 to {_LONGEST_OWNER_BYTES} bytes, not {owner!r}")
+        _check_owner(owner)
         if _is_block_device(path):
             return cls._create_on_device(path, size_bytes, owner, overwrite, destroying)
-        if size_bytes < BLOCK_BYTES:
-            raise ValueError(f"{path}: a region has {BLOCK_BYTES} bytes at least, not {size_bytes}")
+        total_bytes = _total_bytes(size_bytes, path)
         if path.exists():
             if not overwrite:
                 raise FileExistsError(errno.EEXIST, "is there already; open it, or have it overwritten", str(path))
             _refuse_in_use(path)
-        total_bytes = -(-(DATA_START + size_bytes) // BLOCK_BYTES) * BLOCK_BYTES
-        header = RegionHeader(owner, total_bytes, os.urandom(16))
-        partial = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
-        fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            try:
-                os.posix_fallocate(fd, 0, total_bytes)
-                os.pwrite(fd, _packed(header), 0)
-                os.fsync(fd)
-            except OSError as error:
-                size = format_size(total_bytes)
-                raise OSError(error.errno, f"{size} cannot be set aside: {error.strerror}", str(path)) from error
-            finally:
-                os.close(fd)
-            if overwrite:
-                os.rename(partial, path)
-            else:
-                os.link(partial, path)  # which, unlike a rename, leaves one that has come meanwhile
-                os.unlink(partial)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(partial)
-            raise
-        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        with WholeFile(path) as file:
+            _preallocate(file.fd, owner, total_bytes, path)
+            file.commit(replacing=overwrite)
         return cls.open(path, owner=owner)
+
+    @classmethod
+    def create_unnamed(cls, directory: str | os.PathLike[str], size_bytes: int, *, owner: str) -> Self:
+        """A region in a file without a name: gone when it is closed, or the process ends, however that ends.
+
+        Args:
+            directory: on the file system that has it.
+            size_bytes: of the space to be handed out.
+            owner: as for `create`.
+
+        Raises:
+            OSError: ENOSPC, or whatever the file system says.
+        """
+        path = Path(directory)
+        _check_owner(owner)
+        fd = open_unnamed(path)
+        try:
+            _preallocate(fd, owner, _total_bytes(size_bytes, path), path)
+            return cls._open(f"/proc/self/fd/{fd}", path, owner)
+        finally:
+            os.close(fd)
 
     @classmethod
     def _create_on_device(cls, path: Path, size_bytes: int, owner: str, overwrite: bool, destroying: str) -> Self:
@@ -183,17 +177,22 @@ class Region:
             OSError: it cannot be opened.
         """
         path = Path(path)
+        return cls._open(path, path, owner)
+
+    @classmethod
+    def _open(cls, place: str | os.PathLike[str], path: Path, owner: str) -> Self:
+        """Open a region that is there under a place, called by a path in messages."""
         flags = os.O_RDWR | os.O_CLOEXEC | (os.O_EXCL if _is_block_device(path) else 0)
         is_direct = True
         try:
-            fd = os.open(path, flags | os.O_DIRECT)
+            fd = os.open(place, flags | os.O_DIRECT)
         except OSError as error:
             if error.errno == errno.EBUSY:
                 raise RegionError(f"{path}: in use: mounted, or opened by another process") from error
             if error.errno != errno.EINVAL:
                 raise
             is_direct = False
-            fd = os.open(path, flags)
+            fd = os.open(place, flags)
         try:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -264,6 +263,28 @@ class Region:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _check_owner(owner: str) -> None:
+    if len(owner.encode()) > _LONGEST_OWNER_BYTES or not owner:
+        raise ValueError(f"owner: 1 to {_LONGEST_OWNER_BYTES} bytes, not {owner!r}")
+
+
+def _total_bytes(size_bytes: int, path: Path) -> int:
+    """With the header, in whole blocks."""
+    if size_bytes < BLOCK_BYTES:
+        raise ValueError(f"{path}: a region has {BLOCK_BYTES} bytes at least, not {size_bytes}")
+    return -(-(DATA_START + size_bytes) // BLOCK_BYTES) * BLOCK_BYTES
+
+
+def _preallocate(fd: int, owner: str, total_bytes: int, path: Path) -> None:
+    """All of a new region's space, and its header."""
+    try:
+        os.posix_fallocate(fd, 0, total_bytes)
+        os.pwrite(fd, _packed(RegionHeader(owner, total_bytes, os.urandom(16))), 0)
+    except OSError as error:
+        size = format_size(total_bytes)
+        raise OSError(error.errno, f"{size} cannot be set aside: {error.strerror}", str(path)) from error
 
 
 def _refuse_in_use(path: Path) -> None:
