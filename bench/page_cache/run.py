@@ -160,6 +160,7 @@ class Runner:
                 self._warm_libraries(setting.client, environment, scratch)
                 _wait_for_no_more_than(instances)  # to make another waits until the last is removed, 0.1 s
             self._ballast.fill()
+            self._ballast.freshen()
             self._read_ahead.set(read_ahead_kib)
             limit = self._limit(key)
             warm_s = 0.0

@@ -18,12 +18,11 @@ from penstock.pagecache.ledger import FileRecord, Ledger
 from penstock.pagecache.toucher import Toucher
 from penstock.units import MiB
 
-# On idle CPUs two threads reach the 2.2 GB/s of a virtio disk. Beside a program that keeps both CPUs busy each wakes
-# up late between two folios of 2 MiB, and more of them in flight cover for it: 6.4 GB through one mapping took 4.6 s
-# with four, 3.5 s with eight, 3.6 s with sixteen (medians). Between two chunks a thread runs Python, and waits for the
-# interpreter: with 8 MiB a chunk a mapping took 2.4 s where 4 MiB took 2.8, read() 2.2 where it took 2.7; 16 MiB gave
-# no more.
-THREADS = 8
+# On idle CPUs two threads keep a virtio disk of 2.2 GB/s busy, but one of 3 GB/s takes sixteen; so does a program that
+# keeps both CPUs busy, beside which each thread wakes up late between two folios of 2 MiB. Between two chunks a thread
+# runs Python, and waits for the interpreter: with 8 MiB a chunk a mapping took 2.4 s where 4 MiB took 2.8, read() 2.2
+# where it took 2.7; 16 MiB gave no more. Figures: docs/decisions/0002.
+THREADS = 16
 _CHUNK_BYTES = 8 * MiB
 _SCRATCH_BYTES = 1 * MiB
 
