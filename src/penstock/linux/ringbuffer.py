@@ -29,13 +29,11 @@ EVENT_DTYPE = np.dtype(
 )
 Events = NDArray[np.void]  # of EVENT_DTYPE, [events]
 
+_RUN = 16  # records of one length that are looked for at once
+
 
 def decode_pages(pages: Sequence[Page], formats: Sequence[Format]) -> Events:
-    """Decode the ring-buffer pages of all CPUs, in any order, into events in the order of their times.
-
-    All pages are walked in step, one event of each at a time, so that the work in Python grows with the
-    events of the fullest page and not with the number of pages.
-    """
+    """Decode the ring-buffer pages of all CPUs, in any order, into events in the order of their times."""
     if not pages:
         return np.zeros(0, EVENT_DTYPE)
     words_per_page = max(len(data) for _, data in pages) // 4 + 16  # room to gather a record at the end
@@ -47,34 +45,9 @@ def decode_pages(pages: Sequence[Page], formats: Sequence[Format]) -> Events:
         words[number, :length] = np.frombuffer(data, np.uint32, length)
         ends[number] = length
         clock[number] = struct.unpack_from("<Q", page_header)[0]
-
-    rows = np.flatnonzero(ends > 0)
-    position = np.zeros(len(pages), np.int64)
-    found_rows, found_words, found_times = [], [], []
-    while len(rows):
-        at = position[rows]
-        header = words[rows, at].astype(np.int64)
-        kind, delta = header & 31, header >> 5
-        following = words[rows, at + 1].astype(np.int64)
-        extend, stamp = kind == TIME_EXTEND, kind == TIME_STAMP
-        stretched = (following << 27) + delta
-        # An absolute stamp holds 59 bits; the rest are those of the page's own time.
-        clock[rows] = np.where(
-            stamp, stretched | (clock[rows] & (0xF << 59)), clock[rows] + np.where(extend, stretched, delta)
-        )
-        is_data = (kind <= 28) & ~((kind == 0) & (following == 0))
-        found_rows.append(rows[is_data])
-        found_words.append(at[is_data] + 1 + (kind[is_data] == 0))
-        found_times.append(clock[rows][is_data])
-        counted = (kind == 0) | (kind == PADDING)
-        step = np.where(extend | stamp, 2, np.where(counted, 1 + (following + 3) // 4, 1 + kind))
-        over = ((kind == PADDING) & (delta == 0)) | ((kind == 0) & (following == 0))
-        position[rows] = at + step
-        rows = rows[~over & (position[rows] < ends[rows])]
-
-    row = np.concatenate(found_rows) if found_rows else np.zeros(0, np.int64)
-    word = np.concatenate(found_words) if found_words else np.zeros(0, np.int64)
-    time_ns = np.concatenate(found_times) if found_times else np.zeros(0, np.int64)
+    walk = _Walk(words, ends, clock)
+    walk.to_the_end()
+    row, word, time_ns = walk.found()
     kinds = words[row, word] & 0xFFFF  # common_type
     parts = []
     for index, layout in enumerate(formats):
@@ -85,6 +58,73 @@ def decode_pages(pages: Sequence[Page], formats: Sequence[Format]) -> Events:
         return np.zeros(0, EVENT_DTYPE)
     events = np.concatenate(parts)
     return events[np.argsort(events["time_ns"], kind="stable")]
+
+
+class _Walk:
+    """Finds the records of many pages, of all pages at once, and several of each that are of one length.
+
+    So the work in Python grows with the changes of length in the page that has most of them, and not with the number of
+    records or of pages.
+
+    Args:
+        words: of the pages, [pages, words].
+        ends: words of each page that are written.
+        clock: the time of each page; moved on.
+    """
+
+    def __init__(self, words: NDArray[np.uint32], ends: NDArray[np.int64], clock: NDArray[np.int64]) -> None:
+        self._words = words
+        self._ends = ends
+        self._clock = clock
+        self._position = np.zeros(len(ends), np.int64)
+        self._found: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]] = []
+
+    def found(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Of each record the page, the word that it begins at, and its time in ns."""
+        pages, words, times_ns = (np.concatenate(parts) for parts in zip(*self._found, strict=True))
+        return pages, words, times_ns
+
+    def to_the_end(self) -> None:
+        """Walk through all pages."""
+        nothing = np.zeros(0, np.int64)
+        self._found.append((nothing, nothing, nothing))
+        rows = np.flatnonzero(self._ends > 0)
+        while len(rows):
+            kind = self._words[rows, self._position[rows]].astype(np.int64) & 31
+            is_short = (kind > 0) & (kind < PADDING)
+            if is_short.all():
+                self._short(rows, kind)
+            else:
+                self._short(rows[is_short], kind[is_short])
+                self._other(rows[~is_short], kind[~is_short])
+            rows = rows[self._position[rows] < self._ends[rows]]
+
+    def _short(self, rows: NDArray[np.int64], kind: NDArray[np.int64]) -> None:
+        """Records whose kind says their length: those of the same length that follow too."""
+        at = self._position[rows, None] + (1 + kind)[:, None] * np.arange(_RUN)
+        header = self._words[rows[:, None], np.minimum(at, self._words.shape[1] - 1)].astype(np.int64)
+        run = np.logical_and.accumulate((header & 31 == kind[:, None]) & (at < self._ends[rows, None]), axis=1)
+        time_ns = self._clock[rows, None] + np.cumsum(np.where(run, header >> 5, 0), axis=1)
+        self._found.append((np.repeat(rows, run.sum(axis=1)), at[run] + 1, time_ns[run]))
+        self._clock[rows] = time_ns[:, -1]
+        self._position[rows] += (1 + kind) * run.sum(axis=1)
+
+    def _other(self, rows: NDArray[np.int64], kind: NDArray[np.int64]) -> None:
+        """Long records, padding and times."""
+        at = self._position[rows]
+        delta = self._words[rows, at].astype(np.int64) >> 5
+        following = self._words[rows, at + 1].astype(np.int64)
+        stretched = (following << 27) + delta
+        # An absolute stamp holds 59 bits; the rest are those of the page's own time.
+        stamped = stretched | (self._clock[rows] & (0xF << 59))
+        passed = np.where(kind == TIME_EXTEND, stretched, delta)
+        self._clock[rows] = np.where(kind == TIME_STAMP, stamped, self._clock[rows] + passed)
+        is_time = (kind == TIME_EXTEND) | (kind == TIME_STAMP)
+        is_last = ((kind == PADDING) & (delta == 0)) | ((kind == 0) & (following == 0))
+        is_record = (kind == 0) & ~is_last
+        self._found.append((rows[is_record], at[is_record] + 2, self._clock[rows[is_record]]))
+        step = np.where(is_time, 2, 1 + (following + 3) // 4)
+        self._position[rows] = np.where(is_last, self._ends[rows], at + step)
 
 
 def _decode_records(
