@@ -8,8 +8,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,6 +27,7 @@ from bench.machine import describe
 from bench.memory import Ballast, resident_share
 from bench.model import generate
 from bench.output import write_json
+from bench.readahead import ReadAhead, terminated_as_interrupted
 from penstock.testing.checkpoint import safetensors_header, write_file
 from penstock.testing.residency import kept_cached
 from penstock.testing.shapes import TensorSpec
@@ -70,6 +71,7 @@ class Limit:
 Examples:
   python -m bench.checkpoint --size 6GiB --dir /mnt/nvme
   python -m bench.checkpoint --arms penstock,safetensors --states warm
+  python -m bench.checkpoint --arms adapter,transformers --models model --states cold --read-ahead 128
   python -m bench.checkpoint --quick
 """
 )
@@ -82,6 +84,11 @@ Examples:
     default="model,experts",
     show_default=True,
     help="model: large tensors; experts: 20,000 small ones.",
+)
+@click.option(
+    "--read-ahead",
+    type=click.IntRange(min=0),
+    help="KiB that the kernel reads ahead, such as 128, which most servers have; takes root.  [default: as it is]",
 )
 @click.option("--device", default="cpu", show_default=True, help="Where the tensors are wanted, such as cuda.")
 @click.option(
@@ -101,6 +108,7 @@ def main(
     arms: str,
     states: str,
     models: str,
+    read_ahead: int | None,
     device: str,
     ballast: bool,
     directory: Path | None,
@@ -125,7 +133,9 @@ def main(
         if find_spec(NEEDS[name]) is None:
             console.print(f"skipped: {name}: {NEEDS[name]} is not installed", style="yellow", highlight=False)
             names.remove(name)
-    asked = _Asked(parse_size(size), rounds, names, wanted_states, wanted_models, device, ballast and not quick, quick)
+    asked = _Asked(
+        parse_size(size), rounds, names, wanted_states, wanted_models, read_ahead, device, ballast and not quick, quick
+    )
     try:
         failed = _bench(console, asked, directory or _default_directory(), json_path)
     except (BenchError, RunError) as error:
@@ -142,6 +152,7 @@ class _Asked:
     names: list[str]  # of arms
     states: list[str]
     models: list[str]
+    read_ahead_kib: int | None  # None: as the machine has it
     device: str
     has_ballast: bool
     quick: bool
@@ -159,7 +170,11 @@ def _bench(console: Console, asked: _Asked, directory: Path, json_path: Path | N
     machine = describe(directory)
     runs: dict[tuple[str, str, str], list[Run]] = {}
     limits: dict[str, list[Limit]] = {model: [] for model in models}
-    with Ballast(directory / "ballast" if asked.has_ballast else None) as memory:
+    with (
+        terminated_as_interrupted(),
+        _read_ahead(directory, asked.read_ahead_kib),
+        Ballast(directory / "ballast" if asked.has_ballast else None) as memory,
+    ):
         for number in [0] if quick else range(asked.rounds + 1):
             for model, place in models.items():
                 files = sorted(place.glob("*.safetensors"))
@@ -174,6 +189,8 @@ def _bench(console: Console, asked: _Asked, directory: Path, json_path: Path | N
     if not quick:
         for name, value in machine.lines():
             console.print(f"{name:12} {value}", highlight=False)
+        if asked.read_ahead_kib is not None:
+            console.print(f"{'':12} {asked.read_ahead_kib} KiB while this ran", highlight=False)
     for model in models:
         for state in states:
             console.print(_table(model, state, runs, names, limits[model]))
@@ -186,11 +203,28 @@ def _bench(console: Console, asked: _Asked, directory: Path, json_path: Path | N
         answer = {
             "machine": asdict(machine),
             "device": asked.device,
+            "read_ahead_kib": asked.read_ahead_kib,
             "limits_bytes_per_s": {model: [asdict(limit) for limit in values] for model, values in limits.items()},
             "rows": rows,
         }
         write_json(json_path, answer)
     return not good
+
+
+@contextmanager
+def _read_ahead(directory: Path, kib: int | None) -> Iterator[None]:
+    """Have the kernel read ahead by so much, and then as before; nothing is touched for None."""
+    if kib is None:
+        yield
+        return
+    read_ahead = ReadAhead(directory)
+    if not read_ahead.may_set():
+        raise BenchError(f"--read-ahead: {read_ahead.path} takes root to write")
+    read_ahead.set(kib)
+    try:
+        yield
+    finally:
+        read_ahead.restore()
 
 
 def _round(

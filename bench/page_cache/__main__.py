@@ -5,18 +5,15 @@ from __future__ import annotations
 import compileall
 import os
 import shutil
-import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import reduce
 from importlib.util import find_spec
 from operator import add
 from pathlib import Path
 from statistics import median
-from types import FrameType
 
 import click
 from rich.console import Console
@@ -34,7 +31,7 @@ from bench.page_cache.results import Results
 from bench.page_cache.run import Run, Runner
 from bench.page_cache.suites import SUITES, Suite, chosen, estimate_s, quick, without
 from bench.page_cache.table import print_machine, print_setting, print_verdicts
-from bench.readahead import ReadAhead
+from bench.readahead import ReadAhead, terminated_as_interrupted
 from penstock.units import MiB, format_size, parse_size
 
 _DEFAULT_ARMS = "native,first,maio,resident"
@@ -143,7 +140,7 @@ def main(
     else:
         suite = chosen(clients, arms, memory, read_ahead, users)
     rounds = rounds or suite.least_rounds
-    with _terminated_as_interrupted():
+    with terminated_as_interrupted():
         try:
             size_bytes = parse_size(size)
             failed = _run(
@@ -282,20 +279,6 @@ def _missing(read_ahead: ReadAhead) -> dict[str, str]:
 def _default_directory() -> Path:
     cache = os.environ.get("XDG_CACHE_HOME")
     return (Path(cache) if cache else Path.home() / ".cache") / "penstock-bench"
-
-
-@contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM unwinds as Ctrl-C does, so that the read-ahead, cgroups and the ballast are put back."""
-
-    def interrupt(_number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":
