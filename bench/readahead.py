@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 
 def block_device(directory: Path) -> Path:
@@ -49,17 +45,3 @@ class ReadAhead:
     def restore(self) -> None:
         """Put back what was there at first."""
         self.set(None)
-
-
-@contextmanager
-def terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM unwinds as Ctrl-C does, so that the read-ahead, cgroups and the ballast are put back."""
-
-    def interrupt(_number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

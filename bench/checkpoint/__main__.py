@@ -27,7 +27,8 @@ from bench.machine import describe
 from bench.memory import Ballast, resident_share
 from bench.model import generate
 from bench.output import write_json
-from bench.readahead import ReadAhead, terminated_as_interrupted
+from bench.readahead import ReadAhead
+from bench.termination import terminated_as_interrupted
 from penstock.testing.checkpoint import safetensors_header, write_file
 from penstock.testing.residency import kept_cached
 from penstock.testing.shapes import TensorSpec
@@ -190,7 +191,7 @@ def _bench(console: Console, asked: _Asked, directory: Path, json_path: Path | N
         for name, value in machine.lines():
             console.print(f"{name:12} {value}", highlight=False)
         if asked.read_ahead_kib is not None:
-            console.print(f"{'':12} {asked.read_ahead_kib} KiB while this ran", highlight=False)
+            console.print(f"{'':12} {asked.read_ahead_kib} KiB of read-ahead while this ran", highlight=False)
     for model in models:
         for state in states:
             console.print(_table(model, state, runs, names, limits[model]))

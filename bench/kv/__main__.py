@@ -25,6 +25,7 @@ from bench.machine import describe
 from bench.output import write_json
 from bench.page_cache.limit import LimitUse, MemoryLimit, may_limit
 from bench.readahead import ReadAhead
+from bench.termination import terminated_as_interrupted
 from penstock.units import parse_size
 
 _BUDGETS = (10, 25, 50, 75, 100, 150)
@@ -98,7 +99,7 @@ def main(
     if reason:
         console.print(f"without memory limits: {reason}", style="yellow", highlight=False)
     try:
-        with ExitStack() as stack:
+        with terminated_as_interrupted(), ExitStack() as stack:
             scratch, floor_place = (
                 Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-kv-", dir=directory)))
                 for _ in range(2)

@@ -31,7 +31,8 @@ from bench.page_cache.results import Results
 from bench.page_cache.run import Run, Runner
 from bench.page_cache.suites import SUITES, Suite, chosen, estimate_s, quick, without
 from bench.page_cache.table import print_machine, print_setting, print_verdicts
-from bench.readahead import ReadAhead, terminated_as_interrupted
+from bench.readahead import ReadAhead
+from bench.termination import terminated_as_interrupted
 from penstock.units import MiB, format_size, parse_size
 
 _DEFAULT_ARMS = "native,first,maio,resident"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench.readahead import block_device
+from bench.readahead import ReadAhead, block_device
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -25,6 +25,19 @@ def test_quick_runs_every_model_and_state(tmp_path: Path) -> None:
     found = {(row["model"], row["state"]) for row in rows}
     assert found == {(model, state) for model in ("model", "experts") for state in ("cold", "warm")}
     assert all(run["seconds"] > 0 for row in rows for run in row["runs"])
+
+
+def test_the_read_ahead_is_put_back(tmp_path: Path) -> None:
+    try:
+        read_ahead = ReadAhead(tmp_path)
+    except FileNotFoundError as error:
+        pytest.skip(f"needs temporary files on a block device: {error}")
+    if not read_ahead.may_set():
+        pytest.skip(f"takes root to write {read_ahead.path}")
+    before = read_ahead.path.read_text()
+    quick_rows(tmp_path, "--arms", "readinto", "--models", "model", "--states", "cold", "--read-ahead", "64")
+    assert read_ahead.path.read_text() == before
+    assert json.loads((tmp_path / "answer.json").read_text())["read_ahead_kib"] == 64
 
 
 def quick_rows(tmp_path: Path, *options: str) -> list[dict[str, Any]]:

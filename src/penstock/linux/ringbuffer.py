@@ -105,9 +105,10 @@ class _Walk:
         header = self._words[rows[:, None], np.minimum(at, self._words.shape[1] - 1)].astype(np.int64)
         run = np.logical_and.accumulate((header & 31 == kind[:, None]) & (at < self._ends[rows, None]), axis=1)
         time_ns = self._clock[rows, None] + np.cumsum(np.where(run, header >> 5, 0), axis=1)
-        self._found.append((np.repeat(rows, run.sum(axis=1)), at[run] + 1, time_ns[run]))
+        count = run.sum(axis=1)
+        self._found.append((np.repeat(rows, count), at[run] + 1, time_ns[run]))
         self._clock[rows] = time_ns[:, -1]
-        self._position[rows] += (1 + kind) * run.sum(axis=1)
+        self._position[rows] += (1 + kind) * count
 
     def _other(self, rows: NDArray[np.int64], kind: NDArray[np.int64]) -> None:
         """Long records, padding and times."""

@@ -18,8 +18,8 @@ from penstock.pagecache.ledger import FileRecord, Ledger
 from penstock.pagecache.toucher import Toucher
 from penstock.units import MiB
 
-# On idle CPUs two threads keep a virtio disk of 2.2 GB/s busy, but one of 3 GB/s takes sixteen; so does a program that
-# keeps both CPUs busy, beside which each thread wakes up late between two folios of 2 MiB. Between two chunks a thread
+# On idle CPUs two threads keep a virtio disk of 2.2 GB/s busy; sixteen come closest to one of 3 GB/s. Beside a program
+# that keeps both CPUs busy each thread wakes up late between two folios of 2 MiB. Between two chunks a thread
 # runs Python, and waits for the interpreter: with 8 MiB a chunk a mapping took 2.4 s where 4 MiB took 2.8, read() 2.2
 # where it took 2.7; 16 MiB gave no more. Figures: docs/decisions/0002.
 THREADS = 16
