@@ -208,7 +208,7 @@ class Penstock(Kept):
 
 
 def _region_bytes(workload: Workload) -> int:
-    return workload.kv_bytes + 2 * workload.layers * 2 * MiB  # blocks that are not full
+    return workload.kv_bytes + 2 * workload.layers * 4 * MiB  # blocks that are not full, extents on whole folios
 
 
 def make_arm(name: str, workload: Workload, directory: Path) -> Arm:

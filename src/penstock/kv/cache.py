@@ -22,7 +22,7 @@ from penstock.errors import RegionError
 from penstock.kv.codec import RAW, Codec
 from penstock.kv.delivery import Target
 from penstock.kv.pipeline import Fetch
-from penstock.kv.residency import Budget, Decision, KVTensor, Path, Plan, Ranking, Reading, plan, spread
+from penstock.kv.residency import Budget, Decision, KVTensor, Plan, Ranking, Reading, plan, spread
 from penstock.kv.store import KVStore, StoreStatistics
 from penstock.linux.memory import MemoryReader, Pressure, read_pressure
 from penstock.storage.choose import EngineName, create_engine
@@ -127,7 +127,6 @@ class KVCache:
             self._budget = Budget(self._reading(), reserve_bytes=0)
             self._plan = plan({}, 0)
             self._steps = self._moved = 0
-            self._filled = False  # tensors have come to the page cache since the last step
             self._closing = undo.pop_all()
         _live.add(self)
         weakref.finalize(self, self._closing.close)  # of one that nobody has closed
@@ -182,9 +181,6 @@ class KVCache:
     def step(self) -> Sequence[Decision]:
         """Decide anew where tensors are; returns what has moved. What is being fetched goes on as it began."""
         self._steps += 1
-        if self._filled:  # in the last step
-            self._store.tidy()
-            self._filled = False
         budget_bytes = self._budget.update(self._reading())
         sizes = {name: tensor.stored_bytes for name, tensor in self._store.tensors.items()}
         before, self._plan = self._plan, plan(sizes, budget_bytes, self._ranking)
@@ -193,7 +189,6 @@ class KVCache:
             if decision.path is not self._store.tensors[decision.tensor].path:
                 self._store.move(decision.tensor, decision.path)
                 moved.append(decision)
-                self._filled = self._filled or decision.path is Path.CACHED
         self._moved += len(self._plan.moved(before))
         return moved
 

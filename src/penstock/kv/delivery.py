@@ -5,7 +5,6 @@ Threads do this side by side, each with memory of its own to read into; a device
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 from collections.abc import Callable
@@ -17,7 +16,6 @@ from numpy.typing import NDArray
 
 from penstock.errors import KVError
 from penstock.kv.tensor import Run, StoredTensor, checksum
-from penstock.linux.pagecache import FileResidency, populate
 from penstock.storage.buffers import huge_buffer
 
 
@@ -53,7 +51,6 @@ class Delivery:
     def __init__(self, name: str, cached_fd: int, block_bytes: int, threads: int) -> None:
         self._name = name
         self._cached_fd = cached_fd
-        self._residency = FileResidency(cached_fd)
         self._memory = huge_buffer(threads * block_bytes)
         self._scratch = np.split(np.frombuffer(self._memory, np.uint8), threads)
         self._pinned: dict[str, Callable[[], None]] = {}  # name of a device → undoes it
@@ -77,7 +74,7 @@ class Delivery:
         thread: int,
         is_wanted: Callable[[], bool],
     ) -> KVError | None:
-        """Verify and copy: what the device gave at once, what is read here block by block, so that caches have it.
+        """Verify and copy: what the device gave at once, what is in the page cache as much at a time as memory takes.
 
         Args:
             tensor: whose blocks these are.
@@ -91,23 +88,23 @@ class Delivery:
             What is wrong with the blocks. What the target raises is raised.
         """
         block_bytes = tensor.shape.block_bytes
-        size_bytes = (run.last - run.first) * block_bytes
         if landed is not None:
+            size_bytes = (run.last - run.first) * block_bytes
             return self._hand_on(tensor, run, landed[:size_bytes], target) if is_wanted() else None
-        stored = self._scratch[thread][:block_bytes]
-        for number in range(run.first, run.last):
+        together = len(self._scratch[thread]) // block_bytes
+        for first in range(run.first, run.last, together):
             if not is_wanted():
                 break
-            start = (number - run.first) * block_bytes
+            start = (first - run.first) * block_bytes
+            part = Run(first, min(first + together, run.last), run.offset + start)
+            stored = self._scratch[thread][: (part.last - first) * block_bytes]
             try:
-                if number == run.first:
-                    self._fill(run.offset, run.offset + size_bytes)
-                got = _read(self._cached_fd, stored, run.offset + start)
+                got = _read(self._cached_fd, stored, part.offset)
             except OSError as error:
                 return failure(self._name, "reading", tensor, run, -(error.errno or errno.EIO))
-            if got != block_bytes:
+            if got != len(stored):
                 return failure(self._name, "reading", tensor, run, start + got)
-            trouble = self._hand_on(tensor, Run(number, number + 1, run.offset + start), stored, target)
+            trouble = self._hand_on(tensor, part, stored, target)
             if trouble is not None:
                 return trouble
         return None
@@ -131,12 +128,6 @@ class Delivery:
             target.write(at, rows)
             at += len(rows)
         return None
-
-    def _fill(self, start: int, stop: int) -> None:
-        """Have a range in the page cache, in folios as large as it goes: reading it would fill it page by page."""
-        if self._residency.resident_bytes(start, stop) < stop - start:
-            with contextlib.suppress(OSError):  # then the read fills it, or says what is wrong
-                populate(self._cached_fd, start, stop)
 
 
 def failure(name: str, verb: str, tensor: StoredTensor, run: Run, result: int) -> KVError:

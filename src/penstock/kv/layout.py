@@ -21,7 +21,7 @@ from penstock.units import MiB
 
 WANTED_BLOCK_BYTES = 1 * MiB  # from here on a virtio disk gives its full rate; chosen without a benchmark of caches
 _MOST_BYTES = 64 * MiB  # of an extent, unless more is needed at once
-_FOLIO_BYTES = 2 * MiB  # the page cache is filled in
+FOLIO_BYTES = 2 * MiB  # the page cache is filled in
 _ALIGNED_BYTES = 16 * MiB  # extents that waste little by lying so
 _FIRST_BLOCKS = 4  # of the first extent, where the length is not known
 
@@ -126,7 +126,7 @@ class BlockMap:
 
     def _add(self, blocks: int) -> None:
         size_bytes = blocks * self._block_bytes
-        alignment_bytes = _FOLIO_BYTES if size_bytes >= _ALIGNED_BYTES else BLOCK_BYTES
+        alignment_bytes = FOLIO_BYTES if size_bytes >= _ALIGNED_BYTES else BLOCK_BYTES
         start, _ = self._allocator.allocate(size_bytes, alignment_bytes)
         self._starts = np.append(self._starts, start)
         self._firsts = np.append(self._firsts, self._firsts[-1] + blocks)

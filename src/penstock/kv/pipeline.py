@@ -2,8 +2,8 @@
 
 Each fetch is cut into chunks. Those of tensors on the direct path are read by the engine into buffers of the pool, as
 many at once as `penstock.kv.fit` says; threads verify what has landed and hand it to the target, and read what is in
-the page cache by themselves, filling it where it is not. Fetches are served in their order, but what has landed comes
-first: while the rows of a cached tensor are copied, the device goes on with the next direct one.
+the page cache by themselves, once `penstock.kv.filler` has brought it there. Fetches are served in their order, but what
+has landed comes first: while the rows of a cached tensor are copied, the device goes on with the next direct one.
 
 Writes yield: they go to the device when no read is waiting for it, or when the pool runs short of buffers.
 """
@@ -11,6 +11,7 @@ Writes yield: they go to the device when no read is waiting for it, or when the 
 from __future__ import annotations
 
 import heapq
+import sys
 import threading
 import time
 from collections import deque
@@ -23,6 +24,7 @@ import numpy as np
 
 from penstock.errors import KVError
 from penstock.kv.delivery import Cut, Delivery, Target, failure
+from penstock.kv.filler import Filler
 from penstock.kv.fit import Fit, Fitted
 from penstock.kv.residency import Path
 from penstock.kv.tensor import Run, StoredTensor
@@ -47,6 +49,7 @@ class PipelineStatistics:
     direct_bytes: int  # read past the page cache
     cached_bytes: int  # read through it
     written_bytes: int
+    filled: int  # chunks that were not in the page cache, or not all of them
     tried_again: int  # chunks that failed or were damaged at first
     starved_s: float  # the device had little or nothing to do while chunks were waiting for a buffer
     fitted: Fitted
@@ -137,6 +140,7 @@ class Pipeline:
         self._engine = engine
         self._pool = pool
         figures = pool.statistics()
+        self._filler = Filler(cached_fd)
         self._delivery = Delivery(name, cached_fd, figures.block_bytes, workers)
         self._file = engine.add_file(direct_fd)
         self._buffers = pool.add_to(engine)
@@ -198,7 +202,7 @@ class Pipeline:
                 self._start()
             if is_cached:
                 for chunk in chunks:
-                    self._hand_over(chunk)
+                    self._fill(chunk, last)
             else:
                 self._reads.extend(chunks)
                 self._pump()
@@ -262,6 +266,11 @@ class Pipeline:
         """See `Delivery.pin`."""
         self._delivery.pin(name, pin)
 
+    @property
+    def filled(self) -> int:
+        """See `PipelineStatistics`."""
+        return self._filler.filled
+
     def statistics(self) -> PipelineStatistics:
         """The figures at this moment."""
         with self._lock:
@@ -269,6 +278,7 @@ class Pipeline:
                 self._direct_bytes,
                 self._cached_bytes,
                 self._written_bytes,
+                self._filler.filled,
                 self._tried_again,
                 self._starved_s,
                 self._fit.fitted(),
@@ -289,6 +299,7 @@ class Pipeline:
             if thread is not threading.current_thread():
                 thread.join()
         self._forget_exit()
+        self._filler.close()
         self._delivery.close()
         if not self._operations:
             for buffer in self._buffers:
@@ -334,6 +345,27 @@ class Pipeline:
     def _hand_over(self, chunk: _Chunk) -> None:
         heapq.heappush(self._ready, _Ready(chunk.memory is None, chunk.fetch.number, chunk.run.first, chunk))
         self._handed.notify()
+
+    def _fill(self, chunk: _Chunk, last: int) -> None:
+        """Hand a chunk over once it is in the page cache; what comes behind block ``last`` may be written to."""
+        run, tensor = chunk.run, chunk.fetch.tensor
+        steady = next(tensor.runs(run.first, last, sys.maxsize))
+        steady_bytes = (steady.last - steady.first) * tensor.shape.block_bytes
+
+        def then() -> None:
+            with self._lock:
+                if chunk.fetch.is_cancelled or self._ending:
+                    self._forget(chunk)
+                else:
+                    self._hand_over(chunk)
+
+        self._filler.fill(
+            run.offset,
+            run.offset + chunk.size_bytes,
+            run.offset + steady_bytes,
+            lambda: not chunk.fetch.is_cancelled and not self._ending,
+            then,
+        )
 
     def _drop(self, unwanted: Callable[[_Chunk], bool]) -> None:
         """Forget chunks that nobody works on; their fetches will never be whole."""

@@ -21,7 +21,7 @@ from penstock.errors import KVError
 from penstock.kv import layout
 from penstock.kv.codec import RAW, Codec
 from penstock.kv.delivery import Target
-from penstock.kv.layout import BlockMap, block_shape
+from penstock.kv.layout import FOLIO_BYTES, BlockMap, block_shape
 from penstock.kv.pipeline import Fetch, Pipeline, PipelineStatistics
 from penstock.kv.residency import KVTensor, Path
 from penstock.kv.tensor import StoredTensor, checksum
@@ -69,6 +69,8 @@ class KVStore:
         self._engine = engine
         self._codec = codec
         self.tensors: dict[KVTensor, StoredTensor] = {}
+        self._filled = 0  # what the pipeline had filled when that was looked at
+        self._untidy = 0  # fetches to tidy up at
         self._cached_fd = os.open(f"/proc/self/fd/{region.fd}", os.O_RDONLY | os.O_CLOEXEC)
         try:
             # No read-ahead: what is read is what was asked for, and that is known beforehand.
@@ -170,6 +172,7 @@ class KVStore:
 
         Until it is done or cancelled, the tensor may be appended to and moved, and not be cut off or removed.
         """
+        self._tidy()
         return self._pipeline.fetch(self.tensors[name], target, tokens=tokens)
 
     def read(self, name: KVTensor, *, tokens: int | None = None) -> NDArray[np.uint8]:
@@ -218,12 +221,19 @@ class KVStore:
         if path is Path.DIRECT:
             self._forget_cached(tensor)
 
-    def tidy(self) -> None:
+    def _tidy(self) -> None:
         """Drop what the page cache holds of the region beside the tensors on the page-cache path.
 
         Folios of 2 MiB that were filled by populating a mapping are marked to start a read-ahead when they are read for
-        the first time, whatever the descriptor is advised. Behind the end of a cached tensor that is somebody else's.
+        the first time, whatever the descriptor is advised. Behind the end of a cached tensor that is somebody
+        else's, and 8 MiB of it for each of 27 tensors hit the memory limit.
         """
+        if self._filled != self._pipeline.filled:
+            self._filled = self._pipeline.filled
+            self._untidy = 2 * len(self.tensors)  # until all have been read that are being filled
+        if not self._untidy:
+            return
+        self._untidy -= 1
         cached = sorted(
             extent for tensor in self.tensors.values() if tensor.path is Path.CACHED for extent in tensor.blocks.extents
         )
@@ -234,8 +244,8 @@ class KVStore:
             at = stop
 
     def _forget_cached(self, tensor: StoredTensor) -> None:
-        for start, stop in tensor.blocks.extents:
-            drop(self._cached_fd, start, stop)
+        for start, stop in tensor.blocks.extents:  # a folio that only a part of is dropped stays
+            drop(self._cached_fd, start // FOLIO_BYTES * FOLIO_BYTES, -(-stop // FOLIO_BYTES) * FOLIO_BYTES)
 
     def settle(self) -> None:
         """Wait until every whole block is on the device.
