@@ -2,8 +2,8 @@
 
 Each fetch is cut into chunks. Those of tensors on the direct path are read by the engine into buffers of the pool, as
 many at once as `penstock.kv.fit` says; threads verify what has landed and hand it to the target, and read what is in
-the page cache by themselves, once `penstock.kv.filler` has brought it there. Fetches are served in their order, but what
-has landed comes first: while the rows of a cached tensor are copied, the device goes on with the next direct one.
+the page cache by themselves, once `penstock.kv.filler` has brought it there. Fetches are served in their order, but
+what has landed comes first: while the rows of a cached tensor are copied, the device goes on with the next direct one.
 
 Writes yield: they go to the device when no read is waiting for it, or when the pool runs short of buffers.
 """
