@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
@@ -222,7 +223,7 @@ class KVStore:
             self._forget_cached(tensor)
 
     def _tidy(self) -> None:
-        """Drop what the page cache holds of the region beside the tensors on the page-cache path.
+        """Drop what the page cache holds of the region beside the blocks of tensors on the page-cache path.
 
         Folios of 2 MiB that were filled by populating a mapping are marked to start a read-ahead when they are read for
         the first time, whatever the descriptor is advised. Behind the end of a cached tensor that is somebody
@@ -235,7 +236,10 @@ class KVStore:
             return
         self._untidy -= 1
         cached = sorted(
-            extent for tensor in self.tensors.values() if tensor.path is Path.CACHED for extent in tensor.blocks.extents
+            (run.offset, run.offset + (run.last - run.first) * tensor.shape.block_bytes)
+            for tensor in self.tensors.values()
+            if tensor.path is Path.CACHED
+            for run in tensor.runs(0, tensor.whole_blocks, sys.maxsize)
         )
         at = 0
         for start, stop in [*cached, (self.region.header.size_bytes, 0)]:
