@@ -44,14 +44,14 @@ class Delivery:
     Args:
         name: of the region, for messages.
         cached_fd: reads through the page cache.
-        block_bytes: that blocks have at most.
+        piece_bytes: that each thread reads at a time; a block at least.
         threads: that deliver at once.
     """
 
-    def __init__(self, name: str, cached_fd: int, block_bytes: int, threads: int) -> None:
+    def __init__(self, name: str, cached_fd: int, piece_bytes: int, threads: int) -> None:
         self._name = name
         self._cached_fd = cached_fd
-        self._memory = huge_buffer(threads * block_bytes)
+        self._memory = huge_buffer(threads * piece_bytes)
         self._scratch = np.split(np.frombuffer(self._memory, np.uint8), threads)
         self._pinned: dict[str, Callable[[], None]] = {}  # name of a device → undoes it
 
@@ -91,7 +91,8 @@ class Delivery:
         if landed is not None:
             size_bytes = (run.last - run.first) * block_bytes
             return self._hand_on(tensor, run, landed[:size_bytes], target) if is_wanted() else None
-        together = len(self._scratch[thread]) // block_bytes
+        blocks, most = run.last - run.first, len(self._scratch[thread]) // block_bytes
+        together = -(-blocks // -(-blocks // most))  # about as many in each piece
         for first in range(run.first, run.last, together):
             if not is_wanted():
                 break

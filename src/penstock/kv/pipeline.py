@@ -39,6 +39,7 @@ _WRITES_AT_ONCE = 8
 _TOGETHER = 4  # reads that go to the engine at once, while the device has others: each call costs as much as a copy
 _KEPT_FOR_WRITES = 2  # buffers that reads leave
 _LOOK_AGAIN_S = 0.01  # for a buffer that another cache has given back
+_PIECE_BUFFERS = 2  # is read of the page cache at once, by a thread: steps took 11 % longer with 1, 20 % with 4
 _CACHED_CHUNK_BYTES = 16 * MiB  # takes no buffer; larger ones make what has landed meanwhile wait
 
 
@@ -141,7 +142,7 @@ class Pipeline:
         self._pool = pool
         figures = pool.statistics()
         self._filler = Filler(cached_fd)
-        self._delivery = Delivery(name, cached_fd, figures.block_bytes, workers)
+        self._delivery = Delivery(name, cached_fd, _PIECE_BUFFERS * figures.block_bytes, workers)
         self._file = engine.add_file(direct_fd)
         self._buffers = pool.add_to(engine)
         self._most_reads = max(1, figures.blocks - _KEPT_FOR_WRITES)
