@@ -365,7 +365,7 @@ class Pipeline:
             run.offset + chunk.size_bytes,
             run.offset + steady_bytes,
             lambda: not chunk.fetch.is_cancelled and not self._ending,
-            then,
+            partial(self._run, then),
         )
 
     def _drop(self, unwanted: Callable[[_Chunk], bool]) -> None:
