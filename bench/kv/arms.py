@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from bench.errors import RunError
 from bench.kv.workload import Comparing, Device, Source, Workload
 from penstock.kv.cache import BUFFER_BYTES, DEPTH, POOL_BYTES, KVCache
-from penstock.kv.pipeline import Fetch
+from penstock.kv.fetch import Fetch
 from penstock.kv.residency import KVTensor
 from penstock.kv.residency import Path as Residence
 from penstock.kv.store import KVStore

@@ -19,7 +19,7 @@ from transformers.cache_utils import CacheLayerMixin
 from penstock.device.base import Device
 from penstock.device.choose import open_device
 from penstock.kv.cache import KVCache
-from penstock.kv.pipeline import Fetch
+from penstock.kv.fetch import Fetch
 from penstock.kv.residency import KVTensor
 
 _SPARE_TOKENS = 64  # by which buffers are larger than needed, so that not every token wants a new one

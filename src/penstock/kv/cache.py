@@ -21,7 +21,7 @@ from penstock.device.base import Device
 from penstock.errors import RegionError
 from penstock.kv.codec import RAW, Codec
 from penstock.kv.delivery import Target
-from penstock.kv.pipeline import Fetch
+from penstock.kv.fetch import Fetch
 from penstock.kv.residency import Budget, Decision, KVTensor, Plan, Ranking, Reading, plan, spread
 from penstock.kv.store import KVStore, StoreStatistics
 from penstock.linux.memory import MemoryReader, Pressure, read_pressure

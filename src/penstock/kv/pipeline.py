@@ -16,7 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Self
 
@@ -24,6 +24,7 @@ import numpy as np
 
 from penstock.errors import KVError
 from penstock.kv.delivery import Cut, Delivery, Target, failure
+from penstock.kv.fetch import Chunk, Fetch, Ready, Write
 from penstock.kv.filler import Filler
 from penstock.kv.fit import Fit, Fitted
 from penstock.kv.residency import Path
@@ -54,63 +55,6 @@ class PipelineStatistics:
     tried_again: int  # chunks that failed or were damaged at first
     starved_s: float  # the device had little or nothing to do while chunks were waiting for a buffer
     fitted: Fitted
-
-
-class Fetch:
-    """Rows of one tensor on their way to a target. Made by `Pipeline.fetch`."""
-
-    def __init__(self, pipeline: Pipeline, number: int, tensor: StoredTensor, target: Target) -> None:
-        self._pipeline = pipeline
-        self.number = number
-        self.tensor = tensor
-        self.target = target
-        self.left = 0  # chunks; the pipeline's to count
-        self.error: BaseException | None = None
-        self.is_cancelled = False
-
-    def wait(self) -> None:
-        """Until all rows are there.
-
-        Raises:
-            KVError: some could not be read, or are not what was stored.
-        """
-        self._pipeline.wait(self)
-
-    def cancel(self) -> None:
-        """Have nothing more written to the target; waits for what is just being written."""
-        self._pipeline.cancel(self)
-
-
-@dataclass(slots=True)
-class _Chunk:
-    fetch: Fetch
-    run: Run
-    memory: Block | None = None
-    is_again: bool = False
-
-    @property
-    def size_bytes(self) -> int:
-        return (self.run.last - self.run.first) * self.fetch.tensor.shape.block_bytes
-
-
-@dataclass(slots=True)
-class _Write:
-    tensor: StoredTensor
-    run: Run
-    memory: Block
-    is_again: bool = False
-
-    @property
-    def size_bytes(self) -> int:
-        return (self.run.last - self.run.first) * self.tensor.shape.block_bytes
-
-
-@dataclass(order=True, slots=True)
-class _Ready:
-    is_cached: bool  # later than what has landed: that keeps buffers from the device
-    number: int
-    first: int
-    chunk: _Chunk = field(compare=False)
 
 
 class Pipeline:
@@ -152,10 +96,10 @@ class Pipeline:
         self._changed = threading.Condition(self._lock)  # for callers: a fetch is over, a write, a buffer is free
         self._handed = threading.Condition(self._lock)  # for the threads that copy: a chunk is ready
         self._begun = threading.Condition(self._lock)  # for the one that takes what has landed
-        self._reads: deque[_Chunk] = deque()  # waiting for a buffer
-        self._writes: deque[_Write] = deque()  # waiting for the device
-        self._operations: dict[int, _Chunk | _Write] = {}  # in the engine, by token
-        self._ready: list[_Ready] = []  # for the workers, a heap
+        self._reads: deque[Chunk] = deque()  # waiting for a buffer
+        self._writes: deque[Write] = deque()  # waiting for the device
+        self._operations: dict[int, Chunk | Write] = {}  # in the engine, by token
+        self._ready: list[Ready] = []  # for the workers, a heap
         self._reading = self._writing = self._held = 0  # in the engine; buffers that reads have
         self._urgent = 0  # who waits for writes
         self._token = self._number = self._since_fit = 0
@@ -197,7 +141,7 @@ class Pipeline:
             fetch = Fetch(self, self._number, tensor, Cut(target, tokens))
             is_cached = tensor.path is Path.CACHED
             chunk_bytes = _CACHED_CHUNK_BYTES if is_cached else self._fitted.chunk_bytes
-            chunks = [_Chunk(fetch, run) for run in tensor.runs(first, last, chunk_bytes)]
+            chunks = [Chunk(fetch, run) for run in tensor.runs(first, last, chunk_bytes)]
             fetch.left = len(chunks)
             if chunks:
                 self._start()
@@ -250,7 +194,7 @@ class Pipeline:
         with self._lock:
             self._check()
             tensor.writing.update(range(run.first, run.last))
-            self._writes.append(_Write(tensor, run, memory))
+            self._writes.append(Write(tensor, run, memory))
             self._start()
             self._pump()
 
@@ -343,11 +287,11 @@ class Pipeline:
             self._urgent -= 1
         tensor.check()
 
-    def _hand_over(self, chunk: _Chunk) -> None:
-        heapq.heappush(self._ready, _Ready(chunk.memory is None, chunk.fetch.number, chunk.run.first, chunk))
+    def _hand_over(self, chunk: Chunk) -> None:
+        heapq.heappush(self._ready, Ready(chunk.memory is None, chunk.fetch.number, chunk.run.first, chunk))
         self._handed.notify()
 
-    def _fill(self, chunk: _Chunk, last: int) -> None:
+    def _fill(self, chunk: Chunk, last: int) -> None:
         """Hand a chunk over once it is in the page cache; what comes behind block ``last`` may be written to."""
         run, tensor = chunk.run, chunk.fetch.tensor
         steady = next(tensor.runs(run.first, last, sys.maxsize))
@@ -368,7 +312,7 @@ class Pipeline:
             partial(self._run, then),
         )
 
-    def _drop(self, unwanted: Callable[[_Chunk], bool]) -> None:
+    def _drop(self, unwanted: Callable[[Chunk], bool]) -> None:
         """Forget chunks that nobody works on; their fetches will never be whole."""
         for chunk in [chunk for chunk in self._reads if unwanted(chunk)]:
             self._reads.remove(chunk)
@@ -378,17 +322,17 @@ class Pipeline:
             self._forget(ready.chunk)
         heapq.heapify(self._ready)
 
-    def _forget(self, chunk: _Chunk) -> None:
+    def _forget(self, chunk: Chunk) -> None:
         chunk.fetch.is_cancelled = True
         self._finish(chunk)
 
-    def _finish(self, chunk: _Chunk) -> None:
+    def _finish(self, chunk: Chunk) -> None:
         chunk.fetch.left -= 1
         self._give_back(chunk)
         if not chunk.fetch.left or chunk.fetch.error is not None or self._urgent:
             self._changed.notify_all()
 
-    def _give_back(self, chunk: _Chunk) -> None:
+    def _give_back(self, chunk: Chunk) -> None:
         if chunk.memory is None:
             return
         self._pool.release(chunk.memory)
@@ -401,7 +345,7 @@ class Pipeline:
 
     def _pump(self) -> None:
         """Give the engine what it may have."""
-        begun: list[_Chunk | _Write] = []
+        begun: list[Chunk | Write] = []
         depth = min(self._fitted.depth, self._most_reads)
         if self._reading > _TOGETHER and depth - self._held < min(_TOGETHER, len(self._reads)):
             depth = 0  # the device has enough to do until there are more buffers
@@ -429,7 +373,7 @@ class Pipeline:
         if begun or self._reads:
             self._begun.notify()
 
-    def _submit(self, begun: list[_Chunk | _Write]) -> None:
+    def _submit(self, begun: list[Chunk | Write]) -> None:
         first = self._token
         self._token += len(begun)
         memory = [operation.memory for operation in begun]
@@ -442,7 +386,7 @@ class Pipeline:
             buffer_offset=[block.offset for block in memory if block is not None],
             token=np.arange(first, self._token),
         )
-        requests["operation"] = [READ if isinstance(operation, _Chunk) else WRITE for operation in begun]
+        requests["operation"] = [READ if isinstance(operation, Chunk) else WRITE for operation in begun]
         self._operations.update(zip(range(first, self._token), begun, strict=True))
         self._engine.submit(requests)
 
@@ -477,7 +421,7 @@ class Pipeline:
                 for token, result in zip(done["token"].tolist(), done["result"].tolist(), strict=True):
                     operation = self._operations.pop(token)
                     moved += max(0, result)
-                    if isinstance(operation, _Chunk):
+                    if isinstance(operation, Chunk):
                         self._landed(operation, result)
                     else:
                         self._written(operation, result)
@@ -487,7 +431,7 @@ class Pipeline:
                     self._pump()
                 self._fit.landed(len(done), time.perf_counter() - began_s)
 
-    def _landed(self, chunk: _Chunk, result: int) -> None:
+    def _landed(self, chunk: Chunk, result: int) -> None:
         self._reading -= 1
         if chunk.fetch.is_cancelled or self._ending:
             self._forget(chunk)
@@ -497,7 +441,7 @@ class Pipeline:
             self._direct_bytes += result
             self._hand_over(chunk)
 
-    def _failed(self, chunk: _Chunk, error: KVError) -> None:
+    def _failed(self, chunk: Chunk, error: KVError) -> None:
         """Try once more, past the page cache; then the fetch has failed."""
         if chunk.is_again or chunk.fetch.is_cancelled or self._ending:
             chunk.fetch.error = chunk.fetch.error or error
@@ -506,7 +450,7 @@ class Pipeline:
         self._give_back(chunk)
         tensor = chunk.fetch.tensor
         again = [  # as large as a buffer
-            _Chunk(chunk.fetch, run, is_again=True)
+            Chunk(chunk.fetch, run, is_again=True)
             for run in tensor.runs(chunk.run.first, chunk.run.last, self._fitted.chunk_bytes)
         ]
         self._tried_again += len(again)
@@ -514,7 +458,7 @@ class Pipeline:
         self._reads.extendleft(reversed(again))
         self._pump()
 
-    def _written(self, write: _Write, result: int) -> None:
+    def _written(self, write: Write, result: int) -> None:
         self._writing -= 1
         if result == write.size_bytes:
             self._written_bytes += result
@@ -554,7 +498,7 @@ class Pipeline:
                 if not self._ending and self._reading < _TOGETHER:  # else the thread that takes what lands does it
                     self._pump()
 
-    def _deliver(self, chunk: _Chunk, number: int) -> KVError | None:
+    def _deliver(self, chunk: Chunk, number: int) -> KVError | None:
         started_s = time.perf_counter()
         landed = None if chunk.memory is None else np.frombuffer(chunk.memory.memory, np.uint8)
         fetch = chunk.fetch

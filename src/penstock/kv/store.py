@@ -22,8 +22,9 @@ from penstock.errors import KVError
 from penstock.kv import layout
 from penstock.kv.codec import RAW, Codec
 from penstock.kv.delivery import Target
+from penstock.kv.fetch import Fetch
 from penstock.kv.layout import FOLIO_BYTES, BlockMap, block_shape
-from penstock.kv.pipeline import Fetch, Pipeline, PipelineStatistics
+from penstock.kv.pipeline import Pipeline, PipelineStatistics
 from penstock.kv.residency import KVTensor, Path
 from penstock.kv.tensor import StoredTensor, checksum
 from penstock.linux.pagecache import drop
