@@ -120,13 +120,20 @@ class Runner:
             self._read_ahead.set(None)
 
     def _recorded(self, key: Key, *, reverse: bool) -> Path:
-        """The template of the client, recorded in a cold run before its first use."""
+        """The template of the client, recorded in a cold run before its first use.
+
+        Raises:
+            RunError: that run is invalid, or recorded nothing.
+        """
         setting = key.setting
         name = f"{setting.client}-{setting.user}-{'reverse' if reverse else 'file'}"
         store = self._directory / "templates" / name
         if not store.exists():
             self._ballast.make_cold(self._model.files(setting.client))
-            self._start(Key(setting, "first"), 0, verify=False, template=None, reverse=reverse, keep=store)
+            run = self._start(Key(setting, "first"), 0, verify=False, template=None, reverse=reverse, keep=store)
+            if run.template_bytes == 0:
+                shutil.rmtree(store)
+                raise RunError(f"the recording run stored no template: {run.report}")
         return store
 
     def _start(

@@ -338,6 +338,12 @@ def test_the_first_prefetch_waits_for_no_numpy() -> None:
     assert done.stdout.strip() == "set()"
 
 
+def test_the_first_look_at_what_is_cached_waits_for_no_numpy() -> None:
+    code = "import sys, penstock.pagecache.observers.process; print({'numpy', 'rich'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
 def test_sigterm_reaches_the_program(model: Path, reader: Path) -> None:
     process = start("--", sys.executable, reader, model, "wait")
     assert process.stdout is not None

@@ -7,9 +7,9 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from penstock.linux import process
-from penstock.linux.pagemap import Pagemap
 from penstock.linux.process import Mapping, OpenFile
 from penstock.linux.window import PAGE_BYTES
 from penstock.pagecache.base import ModelFile
@@ -17,6 +17,9 @@ from penstock.pagecache.evictor import MappedPart
 from penstock.pagecache.files import ModelFiles, looks_like_weights
 from penstock.pagecache.intervals import IntervalSet
 from penstock.units import KiB
+
+if TYPE_CHECKING:  # it imports numpy: 0.1 s, in which a small model may be read
+    from penstock.linux.pagemap import Pagemap
 
 _SMALLEST_MAPPING_BYTES = 256 * KiB
 _REFRESH_S = 0.01  # a small shard may be mapped for no longer
@@ -160,6 +163,8 @@ class ProcessTree:
                 mappings[key] = mapped
         known.mappings = mappings
         if mappings and known.pagemap is None:
+            from penstock.linux.pagemap import Pagemap
+
             known.pagemap = Pagemap(pid)
         known.files = {}
         for opened in process.open_files(pid):
