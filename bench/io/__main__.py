@@ -21,7 +21,7 @@ from penstock.linux import uring
 from penstock.storage.base import READ, WRITE
 from penstock.storage.threads import ThreadEngine
 from penstock.storage.uring import UringEngine
-from penstock.units import MiB, parse_size
+from penstock.units import MiB, format_size, parse_size
 
 _BARS = {"uring": 0.85, "threads": 0.9}  # of fio's rate; threads at 4 MiB only
 _LARGE_BYTES = 4 * MiB
@@ -31,10 +31,12 @@ _LARGE_BYTES = 4 * MiB
     epilog="""\b
 Examples:
   python -m bench.io --dir /mnt/nvme
+  python -m bench.io --block 4KiB --rounds 15
   python -m bench.io --quick
 """
 )
 @click.option("--size", default="4GiB", show_default=True, help="Of the file.")
+@click.option("--block", "blocks", multiple=True, help="Only shapes of this size; again for more than one.")
 @click.option("--rounds", default=5, show_default=True, type=click.IntRange(min=1))
 @click.option("--seconds", default=2.0, show_default=True, help="Of each arm in each round.")
 @click.option(
@@ -47,11 +49,23 @@ Examples:
 )
 @click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Every figure.")
 @click.option("--quick", is_flag=True, help="A small file, one short round, no bars.")
-def main(size: str, rounds: int, seconds: float, directory: Path, json_path: Path | None, quick: bool) -> None:
+def main(
+    size: str,
+    blocks: tuple[str, ...],
+    rounds: int,
+    seconds: float,
+    directory: Path,
+    json_path: Path | None,
+    quick: bool,
+) -> None:
     """How fast penstock's engines move bytes, beside fio."""
     console = Console() if sys.stdout.isatty() else Console(width=132)
     if quick:
         size, rounds, seconds = "32MiB", 1, 0.05
+    shapes = [shape for shape in SHAPES if not blocks or shape.block_bytes in {_size(block) for block in blocks}]
+    if not shapes:
+        there = ", ".join(dict.fromkeys(format_size(shape.block_bytes) for shape in SHAPES))
+        raise click.ClickException(f"--block {' '.join(blocks)}: there are {there}")
     reason = uring.probe()
     if reason:
         console.print(f"skipped: uring: {reason}", style="yellow", highlight=False)
@@ -64,7 +78,7 @@ def main(size: str, rounds: int, seconds: float, directory: Path, json_path: Pat
             make_file(path, size_bytes)
             for make in (ThreadEngine, UringEngine)[: 1 if reason else 2]:
                 check_engine(make, path)
-            found = _measure(console, path, rounds, seconds, without_uring=bool(reason), without_fio=quick)
+            found = _measure(console, path, shapes, rounds, seconds, without_uring=bool(reason), without_fio=quick)
     except (BenchError, RunError) as error:
         raise click.ClickException(str(error)) from error
     machine = describe(directory)
@@ -85,12 +99,26 @@ def main(size: str, rounds: int, seconds: float, directory: Path, json_path: Pat
     sys.exit(failed)
 
 
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise click.ClickException(f"--block: {error}") from error
+
+
 def _measure(
-    console: Console, path: Path, rounds: int, seconds: float, *, without_uring: bool, without_fio: bool
+    console: Console,
+    path: Path,
+    shapes: list[Shape],
+    rounds: int,
+    seconds: float,
+    *,
+    without_uring: bool,
+    without_fio: bool,
 ) -> dict[Shape, dict[str, list[Figure]]]:
     found: dict[Shape, dict[str, list[Figure]]] = {}
-    for shape in SHAPES:
-        if shape.operation == WRITE and SHAPES[SHAPES.index(shape) - 1].operation == READ:
+    for shape, before in zip(shapes, [None, *shapes], strict=False):
+        if shape.operation == WRITE and before is not None and before.operation == READ:
             check_file(path)
         chosen = arms(shape)
         if without_uring:
@@ -101,7 +129,8 @@ def _measure(
         figures = found[shape] = {name: [] for name in names}
         for number in range(rounds):
             first = number % len(names)
-            for name in names[first:] + names[:first]:
+            order = names[first:] + names[:first]
+            for name in order[:: -1 if number % 2 else 1]:  # what comes after writes of fio's is slower for a while
                 figure = chosen[name](path, seconds, 1000 * number + 1)
                 figures[name].append(figure)
                 if shape.operation == WRITE and name != "fio" and number == rounds - 1:

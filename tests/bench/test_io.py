@@ -43,6 +43,17 @@ def test_quick_runs_every_arm(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [answer]
 
 
+def test_only_the_sizes_that_are_asked_for(tmp_path: Path) -> None:
+    answer = tmp_path / "answer.json"
+    command = [sys.executable, "-m", "bench.io", "--quick", "--dir", str(tmp_path), "--json", str(answer), "--block"]
+    subprocess.run([*command, "1MiB"], cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)
+    shapes = {row["shape"] for row in json.loads(answer.read_text())["rows"]}
+    assert shapes == {"read 1.0 MiB × 16", "write 1.0 MiB × 16"}
+    done = subprocess.run([*command, "5KiB"], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "--block 5KiB: there are 4.0 KiB, 128 KiB" in done.stderr
+
+
 @pytest.mark.parametrize("operation", [READ, WRITE])
 def test_what_arms_write_belongs_there(path: Path, operation: int) -> None:
     with_engine(lambda: ThreadEngine(2), path, Shape(128 * KiB, 4, operation), 0.05, 1)

@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penstock.errors import UnsupportedError
-from penstock.linux.libc import syscall
+from penstock.linux.libc import bare_syscall, failed, syscall
 from penstock.records import as_records, words
 
 _SETUP, _ENTER, _REGISTER = 425, 426, 427
@@ -47,6 +47,8 @@ _REGISTER_PROBE, _OP_SUPPORTED, _OPCODES = 8, 1 << 0, 256
 _REGISTER_FILES, _REGISTER_FILES_UPDATE, _REGISTER_BUFFERS2, _REGISTER_BUFFERS_UPDATE = 2, 6, 15, 16
 _RSRC_SPARSE = 1 << 0
 _OFF_SQ_RING, _OFF_SQES = 0, 0x10000000
+
+_enter = bare_syscall([ctypes.c_int, *[ctypes.c_uint] * 3, ctypes.c_void_p, ctypes.c_size_t])
 
 LARGEST_BUFFER_BYTES = 1 << 30  # of a registered one
 
@@ -273,17 +275,18 @@ class Ring:
             OSError: EINTR, EAGAIN or EBUSY (no memory for more now, or completions to be taken first), or EBADR.
         """
         if not wait or timeout_s is None:
-            return syscall(_ENTER, "io_uring_enter", self.fd, submit, wait, _ENTER_GETEVENTS, None, 0)
-        timespec = _Timespec(int(timeout_s), int(timeout_s % 1 * 1e9))
-        argument = _GetEventsArg(ts=ctypes.addressof(timespec))
-        flags = _ENTER_GETEVENTS | _ENTER_EXT_ARG
-        pointer = ctypes.cast(ctypes.byref(argument), ctypes.POINTER(_GetEventsArg))
-        try:
-            return syscall(_ENTER, "io_uring_enter", self.fd, submit, wait, flags, pointer, ctypes.sizeof(argument))
-        except OSError as error:
+            taken: int = _enter(_ENTER, self.fd, submit, wait, _ENTER_GETEVENTS, None, 0)
+        else:
+            timespec = _Timespec(int(timeout_s), int(timeout_s % 1 * 1e9))
+            argument = _GetEventsArg(ts=ctypes.addressof(timespec))
+            flags = _ENTER_GETEVENTS | _ENTER_EXT_ARG
+            taken = _enter(_ENTER, self.fd, submit, wait, flags, ctypes.byref(argument), ctypes.sizeof(argument))
+        if taken == -1:
+            error = failed("io_uring_enter")
             if error.errno == errno.ETIME:
                 return 0
-            raise
+            raise error
+        return taken
 
     def pop(self) -> Cqes:
         """Take all completions that are in the ring."""
