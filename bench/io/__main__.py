@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -14,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.errors import BenchError, RunError
-from bench.io.loops import SHAPES, Figure, Shape, arms, check_engine, check_file, make_file
+from bench.io.loops import SHAPES, Arm, Figure, Shape, arms, check_engine, check_file, make_file
 from bench.machine import describe
 from bench.output import write_json
 from penstock.linux import uring
@@ -131,7 +130,7 @@ def _measure(
             first = number % len(names)
             order = names[first:] + names[:first]
             for name in order[:: -1 if number % 2 else 1]:  # what comes after writes of fio's is slower for a while
-                figure = chosen[name](path, seconds, 1000 * number + 1)
+                figure = chosen[name](path, seconds, 1000 * number + 1, is_timed=True)
                 figures[name].append(figure)
                 if shape.operation == WRITE and name != "fio" and number == rounds - 1:
                     _check_written(path, chosen[name], seconds)
@@ -143,10 +142,10 @@ def _measure(
     return found
 
 
-def _check_written(path: Path, arm: Callable[[Path, float, int], Figure], seconds: float) -> None:
+def _check_written(path: Path, arm: Arm, seconds: float) -> None:
     """All that an arm writes belongs where it writes it: a file made anew stays as it was."""
     make_file(path, path.stat().st_size)
-    arm(path, min(seconds, 0.5), 7)
+    arm(path, min(seconds, 0.5), 7, is_timed=False)
     check_file(path)
 
 

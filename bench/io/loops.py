@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,10 +108,13 @@ def _cpu_s() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def with_engine(make: Callable[[], Engine], path: Path, shape: Shape, seconds: float, seed: int) -> Figure:
+def with_engine(
+    make: Callable[[], Engine], path: Path, shape: Shape, seconds: float, seed: int, *, is_timed: bool = False
+) -> Figure:
     """By one of penstock's engines, which is made so that it has no more than the shape's depth under way.
 
-    Three times as many requests wait in the engine: batches are what it is for.
+    Three times as many requests wait in the engine: batches are what it is for. What is written is what belongs there,
+    but where it is timed: then, as with fio, it is whatever the memory holds.
     """
     size_bytes = path.stat().st_size
     offsets = _Offsets(size_bytes, shape.block_bytes, seed)
@@ -125,7 +129,7 @@ def with_engine(make: Callable[[], Engine], path: Path, shape: Shape, seconds: f
 
             def begin(free: NDArray[np.int64]) -> None:
                 at = offsets.take(len(free))
-                if shape.operation == WRITE:
+                if shape.operation == WRITE and not is_timed:
                     _stamp(memory, free, at, shape.block_bytes)
                 engine.submit(
                     batch(
@@ -159,8 +163,8 @@ def with_engine(make: Callable[[], Engine], path: Path, shape: Shape, seconds: f
     return _figure(requests, shape, elapsed_s, cpu_s)
 
 
-def plain(path: Path, shape: Shape, seconds: float, seed: int) -> Figure:
-    """One call after another, in one thread."""
+def plain(path: Path, shape: Shape, seconds: float, seed: int, *, is_timed: bool = False) -> Figure:
+    """One call after another, in one thread; what is written is as in `with_engine`."""
     offsets = _Offsets(path.stat().st_size, shape.block_bytes, seed)
     buffer = huge_buffer(shape.block_bytes)
     memory = np.frombuffer(buffer, np.uint8)
@@ -175,7 +179,8 @@ def plain(path: Path, shape: Shape, seconds: float, seed: int) -> Figure:
             if shape.operation == READ:
                 moved = os.preadv(fd, [buffer], int(at[0]))
             else:
-                _stamp(memory, first, at, shape.block_bytes)
+                if not is_timed:
+                    _stamp(memory, first, at, shape.block_bytes)
                 moved = os.pwritev(fd, [buffer], int(at[0]))
             if moved != shape.block_bytes:
                 raise RunError(f"plain: {shape}: {moved} bytes")
@@ -256,14 +261,26 @@ def check_engine(make: Callable[[], Engine], path: Path) -> None:
         os.close(fd)
 
 
-def arms(shape: Shape) -> dict[str, Callable[[Path, float, int], Figure]]:
+class Arm(Protocol):
+    """One of what is compared, for a shape."""
+
+    def __call__(self, path: Path, seconds: float, seed: int, *, is_timed: bool) -> Figure: ...
+
+
+def arms(shape: Shape) -> dict[str, Arm]:
     """What is compared, by name."""
-    depth = shape.depth
-    return {
-        "fio": lambda path, seconds, seed: fio(path, shape, seconds, seed),
-        "uring": lambda path, seconds, seed: with_engine(lambda: UringEngine(depth), path, shape, seconds, seed),
-        "threads": lambda path, seconds, seed: with_engine(
-            lambda: ThreadEngine(min(depth, 16)), path, shape, seconds, seed
-        ),
-        "plain": lambda path, seconds, seed: plain(path, shape, seconds, seed),
-    }
+
+    def by_fio(path: Path, seconds: float, seed: int, *, is_timed: bool) -> Figure:  # noqa: ARG001
+        return fio(path, shape, seconds, seed)
+
+    def by_uring(path: Path, seconds: float, seed: int, *, is_timed: bool) -> Figure:
+        return with_engine(lambda: UringEngine(shape.depth), path, shape, seconds, seed, is_timed=is_timed)
+
+    def by_threads(path: Path, seconds: float, seed: int, *, is_timed: bool) -> Figure:
+        count = min(shape.depth, 16)
+        return with_engine(lambda: ThreadEngine(count), path, shape, seconds, seed, is_timed=is_timed)
+
+    def by_plain(path: Path, seconds: float, seed: int, *, is_timed: bool) -> Figure:
+        return plain(path, shape, seconds, seed, is_timed=is_timed)
+
+    return {"fio": by_fio, "uring": by_uring, "threads": by_threads, "plain": by_plain}

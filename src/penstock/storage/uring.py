@@ -39,8 +39,8 @@ _FIRST_GROUP = 2  # to a device that has nothing to do
 # Three times as many requests as the kernel has are ready in the submission ring, or as many as that: more entries than
 # these take more than the 64 KiB that an ordinary user may lock on old systems.
 _FEW_ENTRIES = 512
-# Of what the kernel has, this part is waited for at once, and replaced by what is ready. With a half, 4 KiB requests, 64
-# deep, take 6.5 to 7.0 us of CPU where an eighth takes 7.1 to 7.9; rates differ by less than they do from run to run.
+# Of what the kernel has, this part is waited for at once, and replaced by what is ready. With a half, 4 KiB requests,
+# 64 deep, take 6.5 to 7.0 us of CPU where an eighth takes 7.1 to 7.9; rates differ by less than from run to run.
 _PART = 2
 _FILE_SLOTS = _BUFFER_SLOTS = 256  # of the tables of registered files and buffers; what is beyond goes unregistered
 _LARGEST_TRANSFER_BYTES = 0x7FFFF000  # of one entry: MAX_RW_COUNT
