@@ -11,7 +11,7 @@ direct, in one file whose pages of 4 KiB each hold their own number, in every se
 
 The arms take turns in every round, and figures are medians over rounds; ratios are medians of the ratios within
 rounds. What is read is compared with the numbers it must hold: in each arm all blocks of the last requests, and once
-before, over the whole file. What is written while it is timed is any bytes, as fio's are; in another run of each arm
+before, over the whole file. What is written while it is timed is what the memory holds; in another run of each arm
 it is what belongs there, and the file is read back through the page cache. CPU seconds are the process's own,
 user and system; what a kernel thread does for it is in neither arm's.
 """

@@ -61,14 +61,15 @@ def main(
     console = Console() if sys.stdout.isatty() else Console(width=132)
     if quick:
         size, rounds, seconds = "32MiB", 1, 0.05
-    shapes = [shape for shape in SHAPES if not blocks or shape.block_bytes in {_size(block) for block in blocks}]
-    if not shapes:
-        there = ", ".join(dict.fromkeys(format_size(shape.block_bytes) for shape in SHAPES))
-        raise click.ClickException(f"--block {' '.join(blocks)}: there are {there}")
     reason = uring.probe()
     if reason:
         console.print(f"skipped: uring: {reason}", style="yellow", highlight=False)
     try:
+        wanted = set(map(parse_size, blocks))
+        shapes = [shape for shape in SHAPES if not wanted or shape.block_bytes in wanted]
+        if not shapes:
+            there = ", ".join(dict.fromkeys(format_size(shape.block_bytes) for shape in SHAPES))
+            raise BenchError(f"--block {' '.join(blocks)}: there are {there}")
         with tempfile.TemporaryDirectory(prefix="bench-io-", dir=directory) as scratch:
             path = Path(scratch) / "file"
             size_bytes = parse_size(size) // _LARGE_BYTES * _LARGE_BYTES
@@ -78,7 +79,7 @@ def main(
             for make in (ThreadEngine, UringEngine)[: 1 if reason else 2]:
                 check_engine(make, path)
             found = _measure(console, path, shapes, rounds, seconds, without_uring=bool(reason), without_fio=quick)
-    except (BenchError, RunError) as error:
+    except (BenchError, RunError, ValueError) as error:
         raise click.ClickException(str(error)) from error
     machine = describe(directory)
     for name, value in machine.lines():
@@ -96,13 +97,6 @@ def main(
         ]
         write_json(json_path, {"machine": asdict(machine), "rows": rows})
     sys.exit(failed)
-
-
-def _size(text: str) -> int:
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise click.ClickException(f"--block: {error}") from error
 
 
 def _measure(
@@ -129,7 +123,7 @@ def _measure(
         for number in range(rounds):
             first = number % len(names)
             order = names[first:] + names[:first]
-            for name in order[:: -1 if number % 2 else 1]:  # what comes after writes of fio's is slower for a while
+            for name in order[:: -1 if number % 2 else 1]:  # nobody always comes after the same one
                 figure = chosen[name](path, seconds, 1000 * number + 1, is_timed=True)
                 figures[name].append(figure)
                 if shape.operation == WRITE and name != "fio" and number == rounds - 1:

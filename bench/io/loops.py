@@ -114,7 +114,7 @@ def with_engine(
     """By one of penstock's engines, which is made so that it has no more than the shape's depth under way.
 
     Three times as many requests wait in the engine: batches are what it is for. What is written is what belongs there,
-    but where it is timed: then, as with fio, it is whatever the memory holds.
+    but where it is timed: then it is what the memory holds, as that is no engine's work.
     """
     size_bytes = path.stat().st_size
     offsets = _Offsets(size_bytes, shape.block_bytes, seed)
