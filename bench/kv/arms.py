@@ -90,9 +90,10 @@ class Memmap(Arm):
 
     def compare(self, tokens: int) -> None:
         for tensor, file in self._files.items():
-            comparing = Comparing(self.source, tensor)
+            comparing = Comparing(self.source, tensor, tokens)
             for start in range(0, tokens, 64):
                 comparing.write(start, file[start : min(start + 64, tokens)])
+            comparing.check()
 
     def close(self) -> None:
         self._files.clear()
@@ -142,10 +143,9 @@ class Kept(Arm):
 
     def compare(self, tokens: int) -> None:
         for tensor in self.workload.tensors:
-            comparing = Comparing(self.source, tensor)
+            comparing = Comparing(self.source, tensor, tokens)
             self.kept.fetch(tensor, comparing, tokens=tokens).wait()
-            if comparing.rows != tokens:
-                raise RunError(f"{tensor}: {comparing.rows} rows of {tokens}")
+            comparing.check()
 
     def add(self) -> None:
         if self.device.opened is not None:
@@ -155,7 +155,7 @@ class Kept(Arm):
 
 
 class Stored(Kept):
-    """Every tensor on one path."""
+    """Every tensor on one path: past the page cache, or through it."""
 
     def __init__(self, workload: Workload, directory: Path, path: Residence) -> None:
         super().__init__(workload, directory)
@@ -198,6 +198,7 @@ class Penstock(Kept):
             "cached_bytes": found.plan.cached_bytes,
             "budget_bytes": found.plan.budget_bytes,
             "moved": found.moved,
+            "taken_back_bytes": pipeline.taken_back_bytes,
             "chunk_bytes": pipeline.fitted.chunk_bytes,
             "depth": pipeline.fitted.depth,
             "starved_s": pipeline.starved_s,

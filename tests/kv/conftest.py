@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from penstock.kv.kept import KeptBlocks
 from penstock.kv.store import KVStore
 from penstock.storage.base import Engine
 from penstock.storage.choose import create_engine
@@ -32,10 +33,13 @@ def make_store(tmp_path: Path) -> Iterator[MakeStore]:
     """Makes stores with buffers of 256 KiB on regions of their own."""
     with ExitStack() as stack:
 
-        def make(engine: Engine, size_bytes: int = 64 * MiB, pool_bytes: int = 4 * MiB) -> KVStore:
+        def make(
+            engine: Engine, size_bytes: int = 64 * MiB, pool_bytes: int = 4 * MiB, *, is_kept: bool = False
+        ) -> KVStore:
             path = tmp_path / f"region-{len(list(tmp_path.iterdir()))}"
             region = stack.enter_context(Region.create(path, size_bytes, owner="penstock kv"))
             pool = stack.enter_context(BufferPool(pool_bytes, 256 * KiB))
-            return stack.enter_context(KVStore(region, engine, pool, block_bytes=64 * KiB))
+            kept = KeptBlocks(region.header.size_bytes) if is_kept else None
+            return stack.enter_context(KVStore(region, engine, pool, kept, block_bytes=64 * KiB))
 
         yield make

@@ -29,14 +29,21 @@ KEYS, VALUES, OTHERS = KVTensor(0, "keys"), KVTensor(0, "values"), KVTensor(1, "
 MakeStore = Callable[..., KVStore]
 
 
+WAYS = [
+    pytest.param(Path.DIRECT, False, id="direct"),
+    pytest.param(Path.CACHED, False, id="page-cache"),
+    pytest.param(Path.CACHED, True, id="memory"),
+]
+
+
 def rows_of(tokens: int, row_bytes: int, seed: int = 0) -> NDArray[np.uint8]:
     return np.random.default_rng(seed).integers(0, 256, (tokens, row_bytes), np.uint8)
 
 
 @pytest.mark.parametrize("row_bytes", [1, 100, 4096, 5000, 64 * KiB, 100 * KiB])
-@pytest.mark.parametrize("path", list(Path))
-def test_rows_come_back(make_store: MakeStore, engine: Engine, row_bytes: int, path: Path) -> None:
-    store = make_store(engine)
+@pytest.mark.parametrize(("path", "is_kept"), WAYS)
+def test_rows_come_back(make_store: MakeStore, engine: Engine, row_bytes: int, path: Path, is_kept: bool) -> None:
+    store = make_store(engine, is_kept=is_kept)
     store.add(KEYS, row_bytes)
     store.move(KEYS, path)
     rows = rows_of(min(200_000, 20 * MiB // row_bytes), row_bytes)
@@ -52,6 +59,12 @@ def test_rows_come_back(make_store: MakeStore, engine: Engine, row_bytes: int, p
     assert figures.tokens == {KEYS: len(rows)}
     assert bool(figures.pipeline.cached_bytes) == (path is Path.CACHED)
     assert figures.pipeline.written_bytes == figures.stored_bytes
+
+
+def take_back(store: KVStore, start: int = 0) -> None:
+    """What the kernel does when memory is short, to all that lies behind an offset."""
+    if store._kept is not None:
+        store._kept._memory.drop(start, store._kept._memory.size_bytes)
 
 
 class Kept:
@@ -80,7 +93,7 @@ class Kept:
 
 STEPS = st.lists(
     st.tuples(
-        st.sampled_from(["append", "append", "truncate", "move", "check"]),
+        st.sampled_from(["append", "append", "truncate", "move", "check", "take back"]),
         st.integers(0, 2),
         st.integers(0, 1 << 16),
     ),
@@ -88,10 +101,13 @@ STEPS = st.lists(
 )
 
 
+@pytest.mark.parametrize("is_kept", [False, True])
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(STEPS)
-def test_whatever_is_done(make_store: MakeStore, engine: Engine, steps: list[tuple[str, int, int]]) -> None:
-    store = make_store(engine, size_bytes=40 * MiB)
+@given(steps=STEPS)
+def test_whatever_is_done(
+    make_store: MakeStore, engine: Engine, is_kept: bool, steps: list[tuple[str, int, int]]
+) -> None:
+    store = make_store(engine, size_bytes=40 * MiB, is_kept=is_kept)
     kept = Kept(store)
     names = [KEYS, VALUES, OTHERS]
     for name, row_bytes in zip(names, (64, 3000, 70 * KiB), strict=True):
@@ -108,6 +124,8 @@ def test_whatever_is_done(make_store: MakeStore, engine: Engine, steps: list[tup
                 kept.rows[name] = kept.rows[name][:tokens]
             case "move":
                 store.move(name, list(Path)[amount % 2])
+            case "take back":
+                take_back(store, amount * 512)
             case _:
                 kept.check()
     kept.check()
@@ -137,6 +155,115 @@ def test_a_tensor_that_moves_is_not_written_again(make_store: MakeStore, engine:
             assert np.array_equal(store.read(KEYS), rows)
         assert least <= cached_bytes() <= most + 2 * MiB
     assert store.statistics().pipeline.written_bytes == written
+
+
+def test_what_is_kept_is_not_read_again(make_store: MakeStore, engine: Engine) -> None:
+    store = make_store(engine, is_kept=True)
+    store.add(KEYS, 4096)
+    rows = rows_of(2048 + 3, 4096)
+    store.append(KEYS, rows[:2048])
+
+    def read_bytes() -> int:
+        before = store.statistics().pipeline.direct_bytes
+        tokens = store.tensors[KEYS].tokens
+        assert np.array_equal(store.read(KEYS), rows[:tokens])
+        return store.statistics().pipeline.direct_bytes - before
+
+    assert [read_bytes(), read_bytes()] == [8 * MiB, 8 * MiB]
+    store.move(KEYS, Path.CACHED)
+    assert [read_bytes(), read_bytes(), read_bytes()] == [8 * MiB, 0, 0]
+    store.append(KEYS, rows[2048:])  # into the tail
+    assert read_bytes() == 0
+    (run,) = store.tensors[KEYS].runs(40, 41, 64 * KiB)
+    assert store._kept is not None
+    store._kept._memory.drop(run.offset + 8 * KiB, run.offset + 12 * KiB)
+    assert read_bytes() == 8 * MiB  # what is lost of a chunk is not looked for
+    assert store.statistics().pipeline.taken_back_bytes == 8 * MiB
+    assert read_bytes() == 0
+    store.truncate(KEYS, 16)
+    store.append(KEYS, rows[16:64])
+    assert [read_bytes(), read_bytes()] == [192 * KiB, 0]
+    store.move(KEYS, Path.DIRECT)
+    assert [read_bytes(), read_bytes()] == [256 * KiB, 256 * KiB]
+
+
+class TakenBack(Target):
+    """Takes rows, while the kernel takes the memory that they are copied from."""
+
+    def __init__(self, store: KVStore, rows: NDArray[np.uint8], times: int) -> None:
+        self.store = store
+        self.rows = rows
+        self.times = times
+
+    def write(self, first: int, rows: NDArray[np.uint8]) -> None:
+        middle = len(rows) // 2
+        self.rows[first : first + middle] = rows[:middle]
+        if self.times:
+            self.times -= 1
+            take_back(self.store)
+        self.rows[first + middle : first + len(rows)] = rows[middle:]
+
+
+@pytest.mark.parametrize("times", [0, 1, 3])
+def test_taken_back_while_it_is_copied(make_store: MakeStore, engine: Engine, times: int) -> None:
+    store = make_store(engine, is_kept=True)
+    store.add(KEYS, 4096)
+    rows = rows_of(4096, 4096)
+    store.append(KEYS, rows)
+    store.move(KEYS, Path.CACHED)
+    assert np.array_equal(store.read(KEYS), rows)
+    target = TakenBack(store, np.zeros_like(rows), times)
+    store.fetch(KEYS, target).wait()
+    assert np.array_equal(target.rows, rows)
+    assert bool(store.statistics().pipeline.taken_back_bytes) == bool(times)
+    assert np.array_equal(store.read(KEYS), rows)
+
+
+def test_moved_while_it_is_copied(make_store: MakeStore, engine: Engine) -> None:
+    store = make_store(engine, is_kept=True)
+    store.add(KEYS, 4096)
+    rows = rows_of(4096, 4096)
+    store.append(KEYS, rows)
+    for path in [Path.CACHED, Path.DIRECT] * 20:
+        found = np.zeros_like(rows)
+        fetch = store.fetch(KEYS, RowsTarget(found))
+        store.move(KEYS, path)
+        fetch.wait()
+        assert np.array_equal(found, rows)
+
+
+def test_memory_is_staged_for_a_device(make_store: MakeStore, engine: Engine) -> None:
+    store = make_store(engine, is_kept=True)
+    pinned: list[memoryview] = []
+
+    def pin(memory: memoryview) -> Callable[[], None]:
+        pinned.append(memory)
+        return lambda: pinned.remove(memory)
+
+    store._pipeline.pin("device", pin)
+    store.add(KEYS, 4096)
+    rows = rows_of(2048, 4096)
+    store.append(KEYS, rows)
+    store.move(KEYS, Path.CACHED)
+    (memory,) = (np.frombuffer(memory, np.uint8) for memory in pinned)
+    low = memory.ctypes.data
+
+    class Device(Target):
+        def write(self, first: int, rows: NDArray[np.uint8]) -> None:
+            if store.statistics().pipeline.cached_bytes or is_kept:
+                assert low <= rows.ctypes.data < low + len(memory)
+            found[first : first + len(rows)] = rows
+
+    for is_kept in (False, True):
+        found = np.zeros_like(rows)
+        store.fetch(KEYS, Device()).wait()
+        assert np.array_equal(found, rows)
+    take_back(store)
+    is_kept = False
+    assert np.array_equal(store.read(KEYS), rows)
+    del memory
+    store.close()
+    assert not pinned
 
 
 def test_a_cached_tensor_that_grows_stays_cached(make_store: MakeStore, engine: Engine) -> None:
@@ -175,10 +302,10 @@ def test_no_space_is_left(make_store: MakeStore, engine: Engine) -> None:
     assert np.array_equal(store.read(KEYS), rows[100:])
 
 
-@pytest.mark.parametrize("path", list(Path))
+@pytest.mark.parametrize(("path", "is_kept"), WAYS)
 @pytest.mark.parametrize("damage", ["flip", "swap", "zero"])
-def test_damage_is_seen(make_store: MakeStore, engine: Engine, path: Path, damage: str) -> None:
-    store = make_store(engine)
+def test_damage_is_seen(make_store: MakeStore, engine: Engine, path: Path, is_kept: bool, damage: str) -> None:
+    store = make_store(engine, is_kept=is_kept)
     store.add(KEYS, 4096)
     store.add(VALUES, 4096)
     rows = rows_of(640, 4096)

@@ -1,1 +1,1 @@
-"""KV caches larger than memory, over the page cache and past it."""
+"""KV caches larger than memory, partly in memory that the kernel may take back."""

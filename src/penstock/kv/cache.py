@@ -1,4 +1,4 @@
-"""A KV cache over two paths: a store, and the budget that says which of its tensors go through the page cache."""
+"""A KV cache over two paths: a store, and the budget that says which of its tensors stay in memory."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from penstock.errors import RegionError
 from penstock.kv.codec import RAW, Codec
 from penstock.kv.delivery import Target
 from penstock.kv.fetch import Fetch
+from penstock.kv.kept import KeptBlocks
 from penstock.kv.residency import Budget, Decision, KVTensor, Plan, Ranking, Reading, plan, spread
 from penstock.kv.store import KVStore, StoreStatistics
 from penstock.linux.memory import MemoryReader, Pressure, read_pressure
@@ -42,7 +43,10 @@ _LEAST_POOL_BYTES = 4 * _SMALL_BUFFER_BYTES
 DEPTH = 32  # as many as there are buffers: what waits in the engine waits for a thread to wake up, 5 % of a step
 _FIRST_BYTES = 256 * MiB  # of a region whose size is not known
 _LARGEST_STEP_BYTES = 4096 * MiB  # by which it grows at once
-_RESERVE_SHARE = 1 / 32  # of the limit, for whoever else needs memory; with half of that the kernel took rows back
+# Of the limit, for whoever else needs memory. With half as much the kernel took back rows of the page cache, where
+# folios are larger than what was wanted.
+_RESERVE_SHARE = 1 / 128
+_PAGE_CACHE_RESERVE_SHARE = 1 / 32
 _PRESSURE_EVERY_S = 0.1
 
 
@@ -54,6 +58,7 @@ class KVStatistics:
         engine: that moves its bytes, and why it is no better one ("" if it is the best).
         fallback: why not a better engine.
         is_direct: the direct path avoids the page cache; the file system can refuse that.
+        not_kept: why cached tensors are in the page cache and not in memory of their own; "" if they are not.
         plan: where each tensor is, and why.
         steps: that were planned for.
         moved: tensors that have changed their path since they were new, each time counted.
@@ -63,6 +68,7 @@ class KVStatistics:
     engine: str
     fallback: str
     is_direct: bool
+    not_kept: str
     plan: Plan
     steps: int
     moved: int
@@ -70,7 +76,7 @@ class KVStatistics:
 
 
 class KVCache:
-    """Tensors of rows on a storage device, as many of them through the page cache as memory allows.
+    """Tensors of rows on a storage device, as many of them in memory as there is.
 
     A step is what happens between two calls of `step`: each tensor is fetched, and appended to. Only `step` moves
     tensors between the paths; a fetch keeps the path that it began with.
@@ -122,7 +128,9 @@ class KVCache:
             pool = undo.enter_context(_shared_pool(self._affordable(pool_bytes)))
             made, self._fallback = create_engine(engine, depth=DEPTH)
             self._engine = undo.enter_context(made)
-            self._store = undo.enter_context(KVStore(self._region, self._engine, pool, codec=codec))
+            kept, self._not_kept = _memory_to_keep(self._region, can_grow=self._can_grow)
+            self._reserve_share = _RESERVE_SHARE if kept else _PAGE_CACHE_RESERVE_SHARE
+            self._store = undo.enter_context(KVStore(self._region, self._engine, pool, kept, codec=codec))
             self._pressure: tuple[float, Pressure | None] = (time.monotonic(), read_pressure())
             self._budget = Budget(self._reading(), reserve_bytes=0)
             self._plan = plan({}, 0)
@@ -194,7 +202,7 @@ class KVCache:
 
     def _reading(self) -> Reading:
         state = self._reader.read()
-        headroom_bytes = max(0, state.headroom_bytes - int(state.limit_bytes * _RESERVE_SHARE))
+        headroom_bytes = max(0, state.headroom_bytes - int(state.limit_bytes * self._reserve_share))
         headroom_bytes = min(headroom_bytes, self._memory) if self._memory != "auto" else self._share(headroom_bytes)
         return Reading(headroom_bytes, self._stalled_share())
 
@@ -239,6 +247,7 @@ class KVCache:
             self._engine.name,
             self._fallback,
             self._region.is_direct,
+            self._not_kept,
             self._plan,
             self._steps,
             self._moved,
@@ -278,6 +287,18 @@ def _shared_pool(size_bytes: int) -> Iterator[BufferPool]:
             _pool = (pool, _pool[1] - 1) if _pool[1] > 1 else None
             if _pool is None:
                 pool.close()
+
+
+def _memory_to_keep(region: Region, *, can_grow: bool) -> tuple[KeptBlocks | None, str]:
+    """For the blocks of cached tensors, and why there is none, if so."""
+    size_bytes = region.header.size_bytes
+    if can_grow and stat.S_ISREG(os.fstat(region.fd).st_mode):
+        found = os.fstatvfs(region.fd)
+        size_bytes = max(size_bytes, found.f_blocks * found.f_frsize)  # addresses, not memory
+    try:
+        return KeptBlocks(size_bytes), ""
+    except OSError as error:
+        return None, f"there is no memory that the kernel could take back ({error.strerror}): the page cache serves"
 
 
 def _create(path: pathlib.Path, size_bytes: int, overwrite: bool, destroying: str) -> tuple[Region, Callable[[], None]]:

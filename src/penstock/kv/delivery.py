@@ -1,4 +1,4 @@
-"""From a run of blocks to a target: what is in the page cache is read here, everything is verified, rows are handed on.
+"""From a run of blocks to a target: what is in the page cache is read here, what is new is verified, rows are handed on.
 
 Threads do this side by side, each with memory of its own to read into; a device that rows are copied to may know it.
 """
@@ -15,12 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penstock.errors import KVError
+from penstock.kv.kept import KeptBlocks
+from penstock.kv.residency import Path
 from penstock.kv.tensor import Run, StoredTensor, checksum
 from penstock.storage.buffers import huge_buffer
 
-
 class Target(Protocol):
-    """Where rows go. Called from several threads at once, for different rows, in any order."""
+    """Where rows go. Called from several threads at once, for different rows, in any order.
+
+    Rows that were taken back by the kernel while they were copied come once more.
+    """
 
     def write(self, first: int, rows: NDArray[np.uint8]) -> None:
         """Take rows ``[first, first + len(rows))``, [rows, row_bytes]; they must be copied before it returns."""
@@ -46,19 +50,31 @@ class Delivery:
         cached_fd: reads through the page cache.
         piece_bytes: that each thread reads at a time; a block at least.
         threads: that deliver at once.
+        kept: where blocks of tensors on the cached path stay; None: in the page cache.
     """
 
-    def __init__(self, name: str, cached_fd: int, piece_bytes: int, threads: int) -> None:
+    def __init__(self, name: str, cached_fd: int, piece_bytes: int, threads: int, kept: KeptBlocks | None) -> None:
         self._name = name
         self._cached_fd = cached_fd
-        self._memory = huge_buffer(threads * piece_bytes)
-        self._scratch = np.split(np.frombuffer(self._memory, np.uint8), threads)
+        self._kept = kept
+        self._piece_bytes = piece_bytes
+        self._threads = threads
+        self._memory = memoryview(b"")
+        self._scratch: list[NDArray[np.uint8]] = []  # of each thread
+        if kept is None:
+            self._have_scratch()
         self._pinned: dict[str, Callable[[], None]] = {}  # name of a device → undoes it
 
     def pin(self, name: str, pin: Callable[[memoryview], Callable[[], None]]) -> None:
         """Make what cached rows are copied from known to a device, once; `close` undoes it."""
         if name not in self._pinned:
+            self._have_scratch()
             self._pinned[name] = pin(self._memory)
+
+    def _have_scratch(self) -> None:
+        if not self._scratch:
+            self._memory = huge_buffer(self._threads * self._piece_bytes)
+            self._scratch = np.split(np.frombuffer(self._memory, np.uint8), self._threads)
 
     def close(self) -> None:
         """Nobody delivers any more; a second time does nothing."""
@@ -89,8 +105,15 @@ class Delivery:
         """
         block_bytes = tensor.shape.block_bytes
         if landed is not None:
-            size_bytes = (run.last - run.first) * block_bytes
-            return self._hand_on(tensor, run, landed[:size_bytes], target) if is_wanted() else None
+            if not is_wanted():
+                return None
+            stored = landed[: (run.last - run.first) * block_bytes]
+            trouble = self._hand_on(tensor, run, stored, target)
+            if trouble is None and self._kept is not None and tensor.path is Path.CACHED:
+                self._kept.put(tensor, run, stored)
+                if tensor.path is not Path.CACHED:  # by now
+                    self._kept.drop(tensor)
+            return trouble
         blocks, most = run.last - run.first, len(self._scratch[thread]) // block_bytes
         together = -(-blocks // -(-blocks // most))  # about as many in each piece
         for first in range(run.first, run.last, together):
@@ -110,6 +133,29 @@ class Delivery:
                 return trouble
         return None
 
+    def deliver_kept(
+        self, tensor: StoredTensor, run: Run, target: Target, thread: int, is_wanted: Callable[[], bool]
+    ) -> bool:
+        """Copy blocks that are kept in memory; see `deliver`. Whether the kernel had left all of them there."""
+        assert self._kept is not None
+        shape = tensor.shape
+        look = self._kept.look(tensor, run)
+        if look is None:
+            return False
+        most = max(1, len(self._scratch[thread]) // shape.block_bytes) if self._pinned else run.last - run.first
+        for first in range(run.first, run.last, most):
+            if not is_wanted():
+                return True
+            stored = look.stored[(first - run.first) * shape.block_bytes :][: most * shape.block_bytes]
+            if self._pinned:  # a device will read it by itself, some time
+                staged = self._scratch[thread][: len(stored)]
+                np.copyto(staged, stored)
+                if not look.was_right():
+                    return False
+                stored = staged
+            _decode(tensor, first, stored.reshape(-1, shape.block_bytes), target)
+        return bool(self._pinned) or look.was_right()
+
     def _hand_on(self, tensor: StoredTensor, run: Run, stored: NDArray[np.uint8], target: Target) -> KVError | None:
         """Rows of blocks that are in memory, once all of those have been verified."""
         shape = tensor.shape
@@ -123,12 +169,18 @@ class Delivery:
                     f"{found:016x}, and it was stored with {tensor.checksums[number]:016x}, twice; the device has "
                     "lost it, and what it held has to be computed again"
                 )
-        at = run.first * shape.rows
-        for piece in tensor.codec.decode_all(blocks, shape.data_bytes):
-            rows = piece.reshape(-1, shape.row_bytes)
-            target.write(at, rows)
-            at += len(rows)
+        _decode(tensor, run.first, blocks, target)
         return None
+
+
+def _decode(tensor: StoredTensor, first: int, blocks: NDArray[np.uint8], target: Target) -> None:
+    """Hand on the rows of blocks from a number on, [blocks, block_bytes]."""
+    shape = tensor.shape
+    at = first * shape.rows
+    for piece in tensor.codec.decode_all(blocks, shape.data_bytes):
+        rows = piece.reshape(-1, shape.row_bytes)
+        target.write(at, rows)
+        at += len(rows)
 
 
 def failure(name: str, verb: str, tensor: StoredTensor, run: Run, result: int) -> KVError:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from penstock.kv.delivery import Target
 from penstock.kv.tensor import Run, StoredTensor
@@ -11,6 +15,18 @@ from penstock.storage.pool import Block
 
 if TYPE_CHECKING:
     from penstock.kv.pipeline import Pipeline
+
+
+_NO_ROWS: NDArray[np.uint8] = np.empty((0, 0), np.uint8)
+
+
+class Source(Enum):
+    """What a chunk is copied from."""
+
+    DEVICE = "device"
+    MEMORY = "memory"
+    PAGE_CACHE = "page cache"
+    TAIL = "tail"  # the rows that are in no block yet
 
 
 class Fetch:
@@ -21,6 +37,7 @@ class Fetch:
         self.number = number
         self.tensor = tensor
         self.target = target
+        self.tail = _NO_ROWS  # those of the tensor's, as they were when it began
         self.left = 0  # chunks; the pipeline's to count
         self.error: BaseException | None = None
         self.is_cancelled = False
@@ -40,10 +57,11 @@ class Fetch:
 
 @dataclass(slots=True)
 class Chunk:
-    """Some blocks of a fetch. Those that come past the page cache have a buffer while they are under way."""
+    """Some blocks of a fetch. Those that come from the device have a buffer while they are under way."""
 
     fetch: Fetch
     run: Run
+    source: Source = Source.DEVICE
     memory: Block | None = None
     is_again: bool = False
 
@@ -51,6 +69,11 @@ class Chunk:
     def size_bytes(self) -> int:
         """Of its blocks, as they are stored."""
         return (self.run.last - self.run.first) * self.fetch.tensor.shape.block_bytes
+
+    @property
+    def is_in_memory(self) -> bool:
+        """Nothing is read for it."""
+        return self.source in (Source.MEMORY, Source.TAIL)
 
 
 @dataclass(slots=True)

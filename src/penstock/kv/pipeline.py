@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Self
@@ -24,11 +24,13 @@ import numpy as np
 
 from penstock.errors import KVError
 from penstock.kv.delivery import Cut, Delivery, Target, failure
-from penstock.kv.fetch import Chunk, Fetch, Ready, Write
+from penstock.kv.fetch import Chunk, Fetch, Ready, Source, Write
 from penstock.kv.filler import Filler
 from penstock.kv.fit import Fit, Fitted
+from penstock.kv.kept import KeptBlocks
 from penstock.kv.residency import Path
 from penstock.kv.tensor import Run, StoredTensor
+from penstock.kv.width import Width
 from penstock.storage.base import READ, WRITE, Engine, batch
 from penstock.storage.exiting import before_exit
 from penstock.storage.pool import Block, BufferPool
@@ -43,6 +45,7 @@ _LOOK_AGAIN_S = 0.01  # for a buffer that another cache has given back
 _PIECE_BYTES = 8 * MiB  # of the page cache, read by a thread at once: steps took 11 % longer with 4 MiB, 20 % with 16
 _PIECE_SHARE = 8  # but no more than this part of the pool, where memory is short
 _CACHED_CHUNK_BYTES = 16 * MiB  # takes no buffer; larger ones make what has landed meanwhile wait
+_KEPT_CHUNK_BYTES = 32 * MiB  # from memory: each has its fixed cost; steps took 0.54 s with 16, 0.51 with all of a tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +53,8 @@ class PipelineStatistics:
     """What a pipeline has done so far."""
 
     direct_bytes: int  # read past the page cache
-    cached_bytes: int  # read through it
+    cached_bytes: int  # from memory, or through the page cache
+    taken_back_bytes: int  # that were in memory, but the kernel has taken some of them
     written_bytes: int
     filled: int  # chunks that were not in the page cache, or not all of them
     tried_again: int  # chunks that failed or were damaged at first
@@ -67,6 +71,7 @@ class Pipeline:
         pool: its buffers hold one block at least; stays the caller's.
         direct_fd: for reads of direct tensors, and all writes.
         cached_fd: reads through the page cache.
+        kept: where blocks of tensors on the cached path stay; None: in the page cache.
         smallest_bytes: of a chunk.
         workers: threads that verify and copy.
     """
@@ -78,6 +83,7 @@ class Pipeline:
         pool: BufferPool,
         direct_fd: int,
         cached_fd: int,
+        kept: KeptBlocks | None,
         *,
         smallest_bytes: int,
         workers: int = _WORKERS,
@@ -88,7 +94,8 @@ class Pipeline:
         figures = pool.statistics()
         self._filler = Filler(cached_fd)
         piece_bytes = min(_PIECE_BYTES, figures.blocks * figures.block_bytes // _PIECE_SHARE)
-        self._delivery = Delivery(name, cached_fd, max(figures.block_bytes, piece_bytes), workers)
+        self._delivery = Delivery(name, cached_fd, max(figures.block_bytes, piece_bytes), workers, kept)
+        self._kept = kept
         self._file = engine.add_file(direct_fd)
         self._buffers = pool.add_to(engine)
         self._most_reads = max(1, figures.blocks - _KEPT_FOR_WRITES)
@@ -106,11 +113,14 @@ class Pipeline:
         self._urgent = 0  # who waits for writes
         self._token = self._number = self._since_fit = 0
         self._worker_count = workers
+        self._width = Width(workers)
+        self._copying = 0  # threads
         self._threads: list[threading.Thread] = []
         self._ending = False
         self._broken: BaseException | None = None
         self._forget_exit: Callable[[], None] = lambda: None
         self._direct_bytes = self._cached_bytes = self._written_bytes = self._tried_again = 0
+        self._taken_back_bytes = 0
         self._starved_s = 0.0
         self._watched_since = self._busy_since = self._returned_at = 0.0
         self._is_short = False  # fewer reads in the engine than would be, were there buffers
@@ -141,21 +151,22 @@ class Pipeline:
             self._wait_written(tensor)
             self._number += 1
             fetch = Fetch(self, self._number, tensor, Cut(target, tokens))
-            is_cached = tensor.path is Path.CACHED
-            chunk_bytes = _CACHED_CHUNK_BYTES if is_cached else self._fitted.chunk_bytes
-            chunks = [Chunk(fetch, run) for run in tensor.runs(first, last, chunk_bytes)]
+            chunks = list(self._cut(fetch, first, last))
+            in_tail = tokens - in_blocks * tensor.shape.rows
+            if in_tail > 0 and blocks is None:
+                fetch.tail = tensor.tail[:in_tail].copy()  # it is appended to meanwhile
+                chunks.append(Chunk(fetch, Run(in_blocks, in_blocks, 0), Source.TAIL))
             fetch.left = len(chunks)
             if chunks:
                 self._start()
-            if is_cached:
-                for chunk in chunks:
+            for chunk in chunks:
+                if chunk.source is Source.DEVICE:
+                    self._reads.append(chunk)
+                elif chunk.source is Source.PAGE_CACHE:
                     self._fill(chunk, last)
-            else:
-                self._reads.extend(chunks)
-                self._pump()
-        in_tail = tokens - in_blocks * tensor.shape.rows
-        if in_tail > 0 and blocks is None:
-            target.write(in_blocks * tensor.shape.rows, tensor.tail[:in_tail])
+                else:
+                    self._hand_over(chunk)
+            self._pump()
         return fetch
 
     def wait(self, fetch: Fetch) -> None:
@@ -224,6 +235,7 @@ class Pipeline:
             return PipelineStatistics(
                 self._direct_bytes,
                 self._cached_bytes,
+                self._taken_back_bytes,
                 self._written_bytes,
                 self._filler.filled,
                 self._tried_again,
@@ -289,9 +301,30 @@ class Pipeline:
             self._urgent -= 1
         tensor.check()
 
+    def _cut(self, fetch: Fetch, first: int, last: int) -> Iterator[Chunk]:
+        """Blocks of a fetch, as large as they are read or copied at once."""
+        tensor = fetch.tensor
+        if tensor.path is Path.DIRECT:
+            yield from self._cut_to_read(fetch, first, last)
+        elif self._kept is None:
+            for run in tensor.runs(first, last, _CACHED_CHUNK_BYTES):
+                yield Chunk(fetch, run, Source.PAGE_CACHE)
+        else:
+            for run in tensor.runs(first, last, _KEPT_CHUNK_BYTES):
+                for is_kept, part in self._kept.cut(tensor, run):
+                    if is_kept:
+                        yield Chunk(fetch, part, Source.MEMORY)
+                    else:
+                        yield from self._cut_to_read(fetch, part.first, part.last)
+
+    def _cut_to_read(self, fetch: Fetch, first: int, last: int, *, is_again: bool = False) -> Iterator[Chunk]:
+        for run in fetch.tensor.runs(first, last, self._fitted.chunk_bytes):
+            yield Chunk(fetch, run, is_again=is_again)
+
     def _hand_over(self, chunk: Chunk) -> None:
-        heapq.heappush(self._ready, Ready(chunk.memory is None, chunk.fetch.number, chunk.run.first, chunk))
-        self._handed.notify()
+        heapq.heappush(self._ready, Ready(chunk.source is not Source.DEVICE, chunk.fetch.number, chunk.run.first, chunk))
+        if self._may_take():
+            self._handed.notify()
 
     def _fill(self, chunk: Chunk, last: int) -> None:
         """Hand a chunk over once it is in the page cache; what comes behind block ``last`` may be written to."""
@@ -450,15 +483,15 @@ class Pipeline:
             self._finish(chunk)
             return
         self._give_back(chunk)
-        tensor = chunk.fetch.tensor
-        again = [  # as large as a buffer
-            Chunk(chunk.fetch, run, is_again=True)
-            for run in tensor.runs(chunk.run.first, chunk.run.last, self._fitted.chunk_bytes)
-        ]
-        self._tried_again += len(again)
-        chunk.fetch.left += len(again) - 1
-        self._reads.extendleft(reversed(again))
+        self._tried_again += self._read_instead(chunk, is_again=True)
+
+    def _read_instead(self, chunk: Chunk, *, is_again: bool) -> int:
+        """Have a chunk read from the device, before all others; returns of how many it has become."""
+        instead = list(self._cut_to_read(chunk.fetch, chunk.run.first, chunk.run.last, is_again=is_again))
+        chunk.fetch.left += len(instead) - 1
+        self._reads.extendleft(reversed(instead))
         self._pump()
+        return len(instead)
 
     def _written(self, write: Write, result: int) -> None:
         self._writing -= 1
@@ -479,38 +512,72 @@ class Pipeline:
         """Verifies and copies."""
         while True:
             with self._lock:
-                self._handed.wait_for(lambda: self._ready or self._ending)
+                self._handed.wait_for(lambda: self._may_take() or self._ending)
                 if self._ending:
                     return
                 chunk = heapq.heappop(self._ready).chunk
-            trouble: KVError | None = None
-            try:
-                trouble = self._deliver(chunk, number)
-            except BaseException as error:  # noqa: BLE001 — the target's
-                chunk.fetch.error = chunk.fetch.error or error
-            with self._lock:
-                if trouble is not None:
-                    self._failed(chunk, trouble)
-                    continue
-                self._finish(chunk)
-                self._since_fit += 1
-                if self._since_fit >= _REFIT_CHUNKS:
-                    self._since_fit = 0
-                    self._fitted = self._fit.fitted()
-                if not self._ending and self._reading < _TOGETHER:  # else the thread that takes what lands does it
-                    self._pump()
+            if chunk.is_in_memory:
+                self._copy(chunk, number)
+            else:
+                self._verify_and_copy(chunk, number)
 
-    def _deliver(self, chunk: Chunk, number: int) -> KVError | None:
+    def _may_take(self) -> bool:
+        if not self._ready:
+            return False
+        return not self._ready[0].chunk.is_in_memory or self._copying < self._width.threads
+
+    def _verify_and_copy(self, chunk: Chunk, number: int) -> None:
         started_s = time.perf_counter()
-        landed = None if chunk.memory is None else np.frombuffer(chunk.memory.memory, np.uint8)
         fetch = chunk.fetch
-        trouble = self._delivery.deliver(
-            fetch.tensor, chunk.run, fetch.target, landed, number, lambda: not fetch.is_cancelled
-        )
-        if trouble is not None or fetch.is_cancelled:
-            return trouble
-        if landed is None:
-            with self._lock:
+        landed = None if chunk.memory is None else np.frombuffer(chunk.memory.memory, np.uint8)
+        trouble: KVError | None = None
+        try:
+            trouble = self._delivery.deliver(
+                fetch.tensor, chunk.run, fetch.target, landed, number, lambda: not fetch.is_cancelled
+            )
+        except BaseException as error:  # noqa: BLE001 — the target's
+            fetch.error = fetch.error or error
+        with self._lock:
+            if trouble is not None:
+                self._failed(chunk, trouble)
+                return
+            if not fetch.is_cancelled and fetch.error is None:
+                self._fit.copied(chunk.size_bytes, time.perf_counter() - started_s)
+                if landed is None:
+                    self._cached_bytes += chunk.size_bytes
+            self._finish(chunk)
+            self._since_fit += 1
+            if self._since_fit >= _REFIT_CHUNKS:
+                self._since_fit = 0
+                self._fitted = self._fit.fitted()
+            if not self._ending and self._reading < _TOGETHER:  # else the thread that takes what lands does it
+                self._pump()
+
+    def _copy(self, chunk: Chunk, number: int) -> None:
+        started_s = time.perf_counter()
+        fetch = chunk.fetch
+        with self._lock:
+            self._copying += 1
+            threads = self._copying
+        is_there = True
+        try:
+            if chunk.source is Source.TAIL:
+                fetch.target.write(chunk.run.first * fetch.tensor.shape.rows, fetch.tail)
+            else:
+                is_there = self._delivery.deliver_kept(
+                    fetch.tensor, chunk.run, fetch.target, number, lambda: not fetch.is_cancelled
+                )
+        except BaseException as error:  # noqa: BLE001 — the target's
+            fetch.error = fetch.error or error
+        with self._lock:
+            self._copying -= 1
+            if self._may_take():
+                self._handed.notify()
+            if not is_there and not fetch.is_cancelled and not self._ending:
+                self._taken_back_bytes += chunk.size_bytes
+                self._read_instead(chunk, is_again=False)
+                return
+            if chunk.size_bytes and not fetch.is_cancelled and fetch.error is None:
+                self._width.copied(threads, chunk.size_bytes, time.perf_counter() - started_s)
                 self._cached_bytes += chunk.size_bytes
-        self._fit.copied(chunk.size_bytes, time.perf_counter() - started_s)
-        return None
+            self._finish(chunk)

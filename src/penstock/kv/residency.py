@@ -18,7 +18,7 @@ from penstock.units import format_size
 class Path(Enum):
     """Where a tensor's blocks are kept."""
 
-    CACHED = "page cache"
+    CACHED = "memory"
     DIRECT = "direct"
 
 
@@ -131,8 +131,8 @@ class Reading:
     """What a step sees of memory.
 
     Attributes:
-        headroom_bytes: what can still be filled, page cache that can be dropped included: the cached tensors are part
-            of it as long as they are clean.
+        headroom_bytes: what can still be filled, what the kernel can take back included: the cached tensors are part
+            of that.
         stalled_share: of the time, waiting for memory, 0 to 1; 0 where the kernel does not tell.
     """
 
@@ -143,8 +143,8 @@ class Reading:
 class Budget:
     """The budget of the cached tensors, as memory comes and goes.
 
-    It follows memory down at once, and up only when there has been more for some steps in a row: moving a tensor to the
-    page cache costs reading it once, and moving it away again makes that a waste.
+    It follows memory down at once, and up only when there has been more for some steps in a row: moving a tensor to
+    memory costs reading it once, and moving it away again makes that a waste.
 
     Args:
         reserve_bytes: of the headroom, left to others.

@@ -23,6 +23,7 @@ from penstock.kv import layout
 from penstock.kv.codec import RAW, Codec
 from penstock.kv.delivery import Target
 from penstock.kv.fetch import Fetch
+from penstock.kv.kept import KeptBlocks
 from penstock.kv.layout import FOLIO_BYTES, BlockMap, block_shape
 from penstock.kv.pipeline import Pipeline, PipelineStatistics
 from penstock.kv.residency import KVTensor, Path
@@ -52,6 +53,7 @@ class KVStore:
         region: stays the caller's.
         engine: nobody else waits for its completions; stays the caller's.
         pool: stays the caller's. Blocks are made to fit into its buffers.
+        kept: memory for the blocks of tensors on the cached path; None: they are in the page cache.
         codec: what blocks pass through.
         block_bytes: that blocks come near to; as `penstock.kv.layout` has it by default.
     """
@@ -61,6 +63,7 @@ class KVStore:
         region: Region,
         engine: Engine,
         pool: BufferPool,
+        kept: KeptBlocks | None = None,
         *,
         codec: Codec = RAW,
         block_bytes: int | None = None,
@@ -69,6 +72,7 @@ class KVStore:
         self._block_bytes = layout.WANTED_BLOCK_BYTES if block_bytes is None else block_bytes
         self._pool = pool
         self._engine = engine
+        self._kept = kept
         self._codec = codec
         self.tensors: dict[KVTensor, StoredTensor] = {}
         self._filled = 0  # what the pipeline had filled when that was looked at
@@ -83,6 +87,7 @@ class KVStore:
                 pool,
                 region.fd,
                 self._cached_fd,
+                kept,
                 smallest_bytes=self._block_bytes,
             )
         except BaseException:
@@ -157,6 +162,8 @@ class KVStore:
         run = next(tensor.runs(first, first + len(rows) // shape.rows, self._pool.statistics().block_bytes))
         if tensor.writing & set(range(run.first, run.last)):  # cut off while they were still being written
             self._pipeline.settle(tensor)
+        if self._kept is not None:
+            self._kept.forget(tensor, run)
         buffer = self._pipeline.buffer()
         memory = np.frombuffer(buffer.memory, np.uint8)
         for number in range(run.last - run.first):
@@ -249,6 +256,9 @@ class KVStore:
             at = stop
 
     def _forget_cached(self, tensor: StoredTensor) -> None:
+        if self._kept is not None:
+            self._kept.drop(tensor)
+            return
         for start, stop in tensor.blocks.extents:  # a folio that only a part of is dropped stays
             drop(self._cached_fd, start // FOLIO_BYTES * FOLIO_BYTES, -(-stop // FOLIO_BYTES) * FOLIO_BYTES)
 

@@ -1,0 +1,92 @@
+"""Blocks that stay in memory once they have been verified, for as long as the kernel leaves them there.
+
+What is copied from there is copied once, and not verified again: nobody else can write to it. What the kernel has taken
+back is read from the device again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+
+import numpy as np
+from numpy.typing import NDArray
+
+from penstock.kv.tensor import Run, StoredTensor
+from penstock.linux.reclaimable import Kept, ReclaimableMemory
+
+
+class KeptBlocks:
+    """Memory for every place of a region, and which blocks are in it. Safe to use from several threads.
+
+    Args:
+        size_bytes: that the region has, or may grow to. Only what is kept takes memory.
+
+    Raises:
+        OSError: there cannot be such memory; see `ReclaimableMemory`.
+    """
+
+    def __init__(self, size_bytes: int) -> None:
+        self._memory = ReclaimableMemory(size_bytes)
+        self._kept: dict[int, Kept] = {}  # by the offset of the block
+
+    def cut(self, tensor: StoredTensor, run: Run) -> Iterator[tuple[bool, Run]]:
+        """A run in parts, of which all blocks have been kept, or none."""
+        block_bytes = tensor.shape.block_bytes
+
+        def offset(number: int) -> int:
+            return run.offset + (number - run.first) * block_bytes
+
+        for is_kept, group in groupby(range(run.first, run.last), lambda number: offset(number) in self._kept):
+            numbers = list(group)
+            yield is_kept, Run(numbers[0], numbers[-1] + 1, offset(numbers[0]))
+
+    def put(self, tensor: StoredTensor, run: Run, stored: NDArray[np.uint8]) -> None:
+        """Keep blocks that have been verified, [bytes]. No two threads put the same ones."""
+        self.forget(tensor, run)
+        within = next(extent for extent in tensor.blocks.extents if extent[0] <= run.offset < extent[1])
+        for kept in self._memory.put(run.offset, stored, tensor.shape.block_bytes, within):
+            self._kept[kept.start] = kept
+
+    def look(self, tensor: StoredTensor, run: Run) -> Look | None:
+        """At blocks that are to be copied; None if one of them is known not to be there."""
+        block_bytes = tensor.shape.block_bytes
+        stop = run.offset + (run.last - run.first) * block_bytes
+        try:
+            kept = [self._kept[offset] for offset in range(run.offset, stop, block_bytes)]
+        except KeyError:
+            return None
+        return Look(self, kept, self._memory.view(run.offset, stop)) if self._memory.seem_to_be_there(kept) else None
+
+    def are_right(self, kept: list[Kept]) -> bool:
+        """Blocks that lie side by side are still what was kept there."""
+        return self._memory.are_there(kept) and all(self._kept.get(block.start) is block for block in kept)
+
+    def forget(self, tensor: StoredTensor, run: Run) -> None:
+        """Blocks are going to be something else."""
+        for number in range(run.last - run.first):
+            self._kept.pop(run.offset + number * tensor.shape.block_bytes, None)
+
+    def drop(self, tensor: StoredTensor) -> None:
+        """Give back all memory that a tensor's blocks have."""
+        for start, stop in tensor.blocks.extents:
+            for offset in range(start, stop, tensor.shape.block_bytes):
+                self._kept.pop(offset, None)
+            self._memory.drop(start, stop)
+
+
+class Look:
+    """Blocks in memory that may go while they are copied.
+
+    Attributes:
+        stored: the blocks, [bytes], as they are at the moment.
+    """
+
+    def __init__(self, blocks: KeptBlocks, kept: list[Kept], stored: NDArray[np.uint8]) -> None:
+        self._blocks = blocks
+        self._kept = kept
+        self.stored = stored
+
+    def was_right(self) -> bool:
+        """What has been copied by now is what was kept."""
+        return self._blocks.are_right(self._kept)

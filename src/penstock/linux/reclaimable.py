@@ -1,0 +1,157 @@
+"""Anonymous memory that the kernel takes back when it needs some, as it does with the page cache.
+
+Facts:
+
+- After MADV_FREE (Linux 4.5) a page stays as it is until memory is short, and reads as zeros from then on; nobody is
+  told. No swap is needed for that (since 4.12).
+- It lies among the file pages: MemAvailable and a cgroup's ``inactive_file`` count it, and a cgroup's limit can be set
+  below it. Seen on 6.18: 4 GiB of it, the limit lowered from 6 to 3 GiB, 0.02 s.
+- Writing to a page makes it ordinary memory again, until the next MADV_FREE.
+- khugepaged makes a huge page of what is left of one, and that is ordinary memory; MADV_NOHUGEPAGE keeps it away, and
+  leaves the huge pages that there are.
+
+So a word that is not zero is noted of every page. When a copy has been made of a page and its word is there
+afterwards, the page had not been taken by then, and the copy is right. That needs no more than what madvise(2) promises,
+whatever else has been put in a page's place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from penstock.linux.libc import function
+
+PAGE_BYTES = 4096  # or larger ones, of several of these
+_HUGE_PAGE_BYTES = 2 << 20
+_WORD_BYTES = 8
+_PAGE_WORDS = PAGE_BYTES // _WORD_BYTES
+_MADV_DONTNEED, _MADV_FREE, _MADV_HUGEPAGE, _MADV_NOHUGEPAGE, _MADV_DONTDUMP = 4, 8, 14, 15, 16
+_MAP_NORESERVE = 0x4000
+
+_madvise = function("madvise", [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int])  # mmap's keeps the interpreter lock
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Kept:
+    """What was put somewhere, and how to tell whether it is still there.
+
+    Attributes:
+        start: first byte.
+        stop: byte after the last.
+        words: index of a word that is not zero, for each page that has one; None: the first word of every page.
+    """
+
+    start: int
+    stop: int
+    words: NDArray[np.int64] | None
+
+
+class ReclaimableMemory:
+    """A range of addresses; what is put there may be gone when it is looked at. Safe to use from several threads.
+
+    Args:
+        size_bytes: of the range. It costs nothing until something is put there.
+
+    Raises:
+        OSError: such a range cannot be had (a limit on addresses, strict overcommit), or the process locks its memory.
+    """
+
+    def __init__(self, size_bytes: int) -> None:
+        self.size_bytes = -(-size_bytes // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+        memory = np.frombuffer(mmap.mmap(-1, self.size_bytes + _HUGE_PAGE_BYTES, flags=flags), np.uint8)
+        skipped = -memory.ctypes.data % _HUGE_PAGE_BYTES
+        self._memory = memory[skipped : skipped + self.size_bytes]
+        self._words = self._memory.view(np.uint64)
+        self._address = self._memory.ctypes.data
+        self._lock = threading.Lock()
+        self._being_put: list[tuple[int, int]] = []  # whole huge pages
+        self._advise(0, self.size_bytes, _MADV_FREE)  # EINVAL where memory is locked
+        self._advise(0, self.size_bytes, _MADV_DONTDUMP)
+
+    def put(self, start: int, data: NDArray[np.uint8], part_bytes: int, within: tuple[int, int]) -> list[Kept]:
+        """Copy bytes there. Nobody may be putting or dropping the same ones.
+
+        Args:
+            start: a multiple of `PAGE_BYTES`.
+            data: [bytes], whole parts.
+            part_bytes: what is told apart, a multiple of `PAGE_BYTES`.
+            within: what else will be put around it: huge pages are made of that only.
+        """
+        with self._putting(start, start + len(data), within):
+            np.copyto(self._memory[start : start + len(data)], data)
+        return [
+            Kept(start + at, start + at + part_bytes, _words_to_look_at(data[at : at + part_bytes], start + at))
+            for at in range(0, len(data), part_bytes)
+        ]
+
+    @contextmanager
+    def _putting(self, start: int, stop: int, within: tuple[int, int]) -> Iterator[None]:
+        low = start // _HUGE_PAGE_BYTES * _HUGE_PAGE_BYTES
+        high = -(-stop // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
+        huge_low = max(low, -(-within[0] // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES)
+        huge_high = min(high, within[1] // _HUGE_PAGE_BYTES * _HUGE_PAGE_BYTES)
+        with self._lock:
+            self._being_put.append((low, high))
+            self._try_to_advise(huge_low, huge_high, _MADV_HUGEPAGE)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._being_put.remove((low, high))
+                # What others are putting beside it must not be taken before they are done; they see to it then.
+                for other_low, other_high in self._being_put:
+                    if other_low < high <= other_high:
+                        high = max(low, other_low)
+                    if other_low <= low < other_high:
+                        low = min(high, other_high)
+                self._try_to_advise(low, high, _MADV_NOHUGEPAGE)
+                self._advise(low, high, _MADV_FREE)
+
+    def view(self, start: int, stop: int) -> NDArray[np.uint8]:
+        """The bytes as they are now."""
+        return self._memory[start:stop]
+
+    def are_there(self, kept: Sequence[Kept]) -> bool:
+        """Nothing has been taken back so far of what lies side by side."""
+        if all(part.words is None for part in kept):
+            words = slice(kept[0].start // _WORD_BYTES, kept[-1].stop // _WORD_BYTES, _PAGE_WORDS)
+            return bool(self._words[words].all())
+        return all(
+            self.are_there([part]) if part.words is None else bool(self._words[part.words].all()) for part in kept
+        )
+
+    def seem_to_be_there(self, kept: Sequence[Kept]) -> bool:
+        """The first page of each of them is; memory is taken back in long pieces."""
+        return all(bool(self._words[part.start // _WORD_BYTES]) for part in kept if part.words is None)
+
+    def drop(self, start: int, stop: int) -> None:
+        """Give memory back: all whole pages of a range."""
+        self._advise(-(-start // mmap.PAGESIZE) * mmap.PAGESIZE, stop // mmap.PAGESIZE * mmap.PAGESIZE, _MADV_DONTNEED)
+
+    def _advise(self, start: int, stop: int, advice: int) -> None:
+        if start < stop:
+            _madvise(self._address + start, stop - start, advice)
+
+    def _try_to_advise(self, start: int, stop: int, advice: int) -> None:
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            self._advise(start, stop, advice)
+
+
+def _words_to_look_at(data: NDArray[np.uint8], start: int) -> NDArray[np.int64] | None:
+    words = data.view(np.uint64).reshape(-1, _PAGE_WORDS)
+    if words[:, 0].all():
+        return None
+    is_set = words != 0
+    pages = np.flatnonzero(is_set.any(axis=1))  # a page of zeros is right even when it has been taken
+    found: NDArray[np.int64] = pages * _PAGE_WORDS + is_set[pages].argmax(axis=1) + start // _WORD_BYTES
+    return found
