@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.errors import RunError
 from bench.kv.workload import Comparing, Device, Source, Workload
 from penstock.kv.cache import BUFFER_BYTES, DEPTH, POOL_BYTES, KVCache
 from penstock.kv.fetch import Fetch

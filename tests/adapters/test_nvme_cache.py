@@ -218,7 +218,7 @@ def test_the_statistics_say_why(tmp_path: Path) -> None:
         decisions = cache.statistics().plan.decisions
         assert len(decisions) == 8
         assert {decision.path for decision in decisions.values()} == set(Residence)
-        assert str(decisions[KVTensor(0, "keys")]).startswith("layer 0 keys: page cache, because it is number 1 of 8")
+        assert str(decisions[KVTensor(0, "keys")]).startswith("layer 0 keys: memory, because it is number 1 of 8")
         assert "budget of 12.0 KiB" in str(next(d for d in decisions.values() if d.path is Residence.DIRECT))
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from penstock.errors import RegionError
 from penstock.kv import cache as module
 from penstock.kv.cache import KVCache
+from penstock.kv.kept import KeptBlocks
 from penstock.kv.residency import KVTensor, Reading
 from penstock.kv.residency import Path as Residence
 from penstock.linux.memory import MemoryState
@@ -82,6 +83,27 @@ def test_a_number_is_kept_to_as_long_as_there_is_that_much(tmp_path: Path, monke
         reading = cache._reading()
         state = cache._reader.read()
         assert 0 <= reading.headroom_bytes <= state.headroom_bytes + GiB
+
+
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_cached_tensors_are_somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_kept: bool) -> None:
+    def refuse(_: int) -> KeptBlocks:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    if not is_kept:
+        monkeypatch.setattr("penstock.kv.cache.KeptBlocks", refuse)
+    with KVCache(tmp_path) as cache:
+        fill(cache)
+        cache.step()
+        for _ in range(3):
+            check(cache)
+        figures = cache.statistics()
+        assert figures.not_kept.endswith("the page cache serves") != is_kept
+        assert figures.store.pipeline.cached_bytes
+        read_bytes = figures.store.pipeline.direct_bytes
+        assert bool(read_bytes) == is_kept  # what was kept was read once
+        check(cache)
+        assert cache.statistics().store.pipeline.direct_bytes == read_bytes
 
 
 def test_a_directory_is_left_empty(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def test_nothing_and_everything() -> None:
 
 def test_a_decision_says_why() -> None:
     made = plan(sizes(4), 192 * MiB, ranking=first_layers)
-    assert [made.path(tensor).value for tensor in tensors(4)] == ["page cache"] * 3 + ["direct"] * 5
+    assert [made.path(tensor).value for tensor in tensors(4)] == ["memory"] * 3 + ["direct"] * 5
     text = str(made.decisions[KVTensor(1, "values")])
     assert text.startswith("layer 1 values: direct, because it takes 64.0 MiB and the budget of 192 MiB has 0 B left")
 

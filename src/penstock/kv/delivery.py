@@ -1,4 +1,4 @@
-"""From a run of blocks to a target: what is in the page cache is read here, what is new is verified, rows are handed on.
+"""From a run of blocks to a target: what is in the page cache is read, what is new is verified, rows are handed on.
 
 Threads do this side by side, each with memory of its own to read into; a device that rows are copied to may know it.
 """
@@ -15,10 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penstock.errors import KVError
-from penstock.kv.kept import KeptBlocks
+from penstock.kv.kept import KeptBlocks, Look
 from penstock.kv.residency import Path
 from penstock.kv.tensor import Run, StoredTensor, checksum
 from penstock.storage.buffers import huge_buffer
+
 
 class Target(Protocol):
     """Where rows go. Called from several threads at once, for different rows, in any order.
@@ -133,28 +134,32 @@ class Delivery:
                 return trouble
         return None
 
-    def deliver_kept(
+    def copy_kept(
         self, tensor: StoredTensor, run: Run, target: Target, thread: int, is_wanted: Callable[[], bool]
-    ) -> bool:
-        """Copy blocks that are kept in memory; see `deliver`. Whether the kernel had left all of them there."""
+    ) -> Look | None:
+        """Copy blocks that are kept in memory; see `deliver`.
+
+        Returns:
+            What says whether all of it was right; None if it is known not to be there any more.
+        """
         assert self._kept is not None
         shape = tensor.shape
         look = self._kept.look(tensor, run)
         if look is None:
-            return False
+            return None
         most = max(1, len(self._scratch[thread]) // shape.block_bytes) if self._pinned else run.last - run.first
         for first in range(run.first, run.last, most):
             if not is_wanted():
-                return True
+                break
             stored = look.stored[(first - run.first) * shape.block_bytes :][: most * shape.block_bytes]
             if self._pinned:  # a device will read it by itself, some time
                 staged = self._scratch[thread][: len(stored)]
                 np.copyto(staged, stored)
                 if not look.was_right():
-                    return False
+                    return None
                 stored = staged
             _decode(tensor, first, stored.reshape(-1, shape.block_bytes), target)
-        return bool(self._pinned) or look.was_right()
+        return look
 
     def _hand_on(self, tensor: StoredTensor, run: Run, stored: NDArray[np.uint8], target: Target) -> KVError | None:
         """Rows of blocks that are in memory, once all of those have been verified."""

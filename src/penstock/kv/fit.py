@@ -1,8 +1,8 @@
 """How large chunks are and how many are read at once, from what reading, copying and computing take.
 
 A chunk is read, verified and copied on. Each costs a fixed time beside the time of its bytes, so it must not be small;
-while one is copied the next must be there, so it must not be large. And while the caller computes, or tensors from the
-page cache are copied, nothing that was read is taken away: the device works on only as long as there is memory to read
+while one is copied the next must be there, so it must not be large. And while the caller computes, or cached tensors
+are copied, nothing that was read is taken away: the device works on only as long as there is memory to read
 into, so as many chunks are under way as it can read in the longest such pause. Where it runs dry all the same, as a
 disk does that reports what it has read in bursts, they become more until it does not.
 """

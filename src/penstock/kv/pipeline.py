@@ -1,16 +1,16 @@
 """Rows on their way: storage reads, verification and copies of different chunks at the same time, writes in between.
 
-Each fetch is cut into chunks. Those of tensors on the direct path are read by the engine into buffers of the pool, as
-many at once as `penstock.kv.fit` says; threads verify what has landed and hand it to the target, and read what is in
-the page cache by themselves, once `penstock.kv.filler` has brought it there. Fetches are served in their order, but
-what has landed comes first: while the rows of a cached tensor are copied, the device goes on with the next direct one.
+Each fetch is cut into chunks. What is in memory is copied from there. The rest is read by the engine into buffers of
+the pool, as many at once as `penstock.kv.fit` says, verified, copied, and kept in memory if the tensor is to be there.
+Where there is no memory to keep it in, `penstock.kv.filler` brings it into the page cache, from where it is read and
+verified each time. Fetches are served in their order, but what has landed comes first: while the rows of a cached
+tensor are copied, the device goes on with the next direct one.
 
 Writes yield: they go to the device when no read is waiting for it, or when the pool runs short of buffers.
 """
 
 from __future__ import annotations
 
-import heapq
 import sys
 import threading
 import time
@@ -23,14 +23,14 @@ from typing import Self
 import numpy as np
 
 from penstock.errors import KVError
+from penstock.kv.copiers import Copiers
 from penstock.kv.delivery import Cut, Delivery, Target, failure
-from penstock.kv.fetch import Chunk, Fetch, Ready, Source, Write
+from penstock.kv.fetch import Chunk, Fetch, Source, Write
 from penstock.kv.filler import Filler
 from penstock.kv.fit import Fit, Fitted
 from penstock.kv.kept import KeptBlocks
 from penstock.kv.residency import Path
 from penstock.kv.tensor import Run, StoredTensor
-from penstock.kv.width import Width
 from penstock.storage.base import READ, WRITE, Engine, batch
 from penstock.storage.exiting import before_exit
 from penstock.storage.pool import Block, BufferPool
@@ -45,7 +45,7 @@ _LOOK_AGAIN_S = 0.01  # for a buffer that another cache has given back
 _PIECE_BYTES = 8 * MiB  # of the page cache, read by a thread at once: steps took 11 % longer with 4 MiB, 20 % with 16
 _PIECE_SHARE = 8  # but no more than this part of the pool, where memory is short
 _CACHED_CHUNK_BYTES = 16 * MiB  # takes no buffer; larger ones make what has landed meanwhile wait
-_KEPT_CHUNK_BYTES = 32 * MiB  # from memory: each has its fixed cost; steps took 0.54 s with 16, 0.51 with all of a tensor
+_KEPT_CHUNK_BYTES = 32 * MiB  # from memory: steps took 0.54 s with 16, 0.51 with all of a tensor at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,18 +103,15 @@ class Pipeline:
         self._fitted = self._fit.fitted()
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)  # for callers: a fetch is over, a write, a buffer is free
-        self._handed = threading.Condition(self._lock)  # for the threads that copy: a chunk is ready
         self._begun = threading.Condition(self._lock)  # for the one that takes what has landed
         self._reads: deque[Chunk] = deque()  # waiting for a buffer
         self._writes: deque[Write] = deque()  # waiting for the device
         self._operations: dict[int, Chunk | Write] = {}  # in the engine, by token
-        self._ready: list[Ready] = []  # for the workers, a heap
         self._reading = self._writing = self._held = 0  # in the engine; buffers that reads have
         self._urgent = 0  # who waits for writes
         self._token = self._number = self._since_fit = 0
         self._worker_count = workers
-        self._width = Width(workers)
-        self._copying = 0  # threads
+        self._copiers = Copiers(self, self._lock, self._delivery, workers)
         self._threads: list[threading.Thread] = []
         self._ending = False
         self._broken: BaseException | None = None
@@ -165,7 +162,7 @@ class Pipeline:
                 elif chunk.source is Source.PAGE_CACHE:
                     self._fill(chunk, last)
                 else:
-                    self._hand_over(chunk)
+                    self._copiers.hand_over(chunk)
             self._pump()
         return fetch
 
@@ -284,7 +281,7 @@ class Pipeline:
             return
         self._forget_exit = before_exit(self.close)
         jobs: list[tuple[str, Callable[[], None]]] = [("landing", self._serve)]
-        jobs += [(f"copy-{number}", partial(self._work, number)) for number in range(self._worker_count)]
+        jobs += [(f"copy-{number}", partial(self._copiers.work, number)) for number in range(self._worker_count)]
         for name, job in jobs:
             thread = threading.Thread(target=self._run, args=(job,), name=f"penstock-kv-{name}", daemon=True)
             thread.start()
@@ -321,11 +318,6 @@ class Pipeline:
         for run in fetch.tensor.runs(first, last, self._fitted.chunk_bytes):
             yield Chunk(fetch, run, is_again=is_again)
 
-    def _hand_over(self, chunk: Chunk) -> None:
-        heapq.heappush(self._ready, Ready(chunk.source is not Source.DEVICE, chunk.fetch.number, chunk.run.first, chunk))
-        if self._may_take():
-            self._handed.notify()
-
     def _fill(self, chunk: Chunk, last: int) -> None:
         """Hand a chunk over once it is in the page cache; what comes behind block ``last`` may be written to."""
         run, tensor = chunk.run, chunk.fetch.tensor
@@ -337,7 +329,7 @@ class Pipeline:
                 if chunk.fetch.is_cancelled or self._ending:
                     self._forget(chunk)
                 else:
-                    self._hand_over(chunk)
+                    self._copiers.hand_over(chunk)
 
         self._filler.fill(
             run.offset,
@@ -352,10 +344,8 @@ class Pipeline:
         for chunk in [chunk for chunk in self._reads if unwanted(chunk)]:
             self._reads.remove(chunk)
             self._forget(chunk)
-        for ready in [ready for ready in self._ready if unwanted(ready.chunk)]:
-            self._ready.remove(ready)
-            self._forget(ready.chunk)
-        heapq.heapify(self._ready)
+        for chunk in self._copiers.drop(unwanted):
+            self._forget(chunk)
 
     def _forget(self, chunk: Chunk) -> None:
         chunk.fetch.is_cancelled = True
@@ -436,8 +426,10 @@ class Pipeline:
                 self._wake_all()
 
     def _wake_all(self) -> None:
-        for waiting in (self._changed, self._handed, self._begun):
+        for waiting in (self._changed, self._begun):
             waiting.notify_all()
+        if self._ending:
+            self._copiers.end()
 
     def _serve(self) -> None:
         """Takes what the engine has done."""
@@ -471,27 +463,10 @@ class Pipeline:
         if chunk.fetch.is_cancelled or self._ending:
             self._forget(chunk)
         elif result != chunk.size_bytes:
-            self._failed(chunk, failure(self._name, "reading", chunk.fetch.tensor, chunk.run, result))
+            self.chunk_has_failed(chunk, failure(self._name, "reading", chunk.fetch.tensor, chunk.run, result))
         else:
             self._direct_bytes += result
-            self._hand_over(chunk)
-
-    def _failed(self, chunk: Chunk, error: KVError) -> None:
-        """Try once more, past the page cache; then the fetch has failed."""
-        if chunk.is_again or chunk.fetch.is_cancelled or self._ending:
-            chunk.fetch.error = chunk.fetch.error or error
-            self._finish(chunk)
-            return
-        self._give_back(chunk)
-        self._tried_again += self._read_instead(chunk, is_again=True)
-
-    def _read_instead(self, chunk: Chunk, *, is_again: bool) -> int:
-        """Have a chunk read from the device, before all others; returns of how many it has become."""
-        instead = list(self._cut_to_read(chunk.fetch, chunk.run.first, chunk.run.last, is_again=is_again))
-        chunk.fetch.left += len(instead) - 1
-        self._reads.extendleft(reversed(instead))
-        self._pump()
-        return len(instead)
+            self._copiers.hand_over(chunk)
 
     def _written(self, write: Write, result: int) -> None:
         self._writing -= 1
@@ -508,76 +483,45 @@ class Pipeline:
         self._pool.release(write.memory)
         self._changed.notify_all()
 
-    def _work(self, number: int) -> None:
-        """Verifies and copies."""
-        while True:
-            with self._lock:
-                self._handed.wait_for(lambda: self._may_take() or self._ending)
-                if self._ending:
-                    return
-                chunk = heapq.heappop(self._ready).chunk
-            if chunk.is_in_memory:
-                self._copy(chunk, number)
-            else:
-                self._verify_and_copy(chunk, number)
+    # What becomes of chunks: see `penstock.kv.copiers.Owner`.
 
-    def _may_take(self) -> bool:
-        if not self._ready:
-            return False
-        return not self._ready[0].chunk.is_in_memory or self._copying < self._width.threads
-
-    def _verify_and_copy(self, chunk: Chunk, number: int) -> None:
-        started_s = time.perf_counter()
+    def chunk_was_copied(self, chunk: Chunk, taken_s: float) -> None:
         fetch = chunk.fetch
-        landed = None if chunk.memory is None else np.frombuffer(chunk.memory.memory, np.uint8)
-        trouble: KVError | None = None
-        try:
-            trouble = self._delivery.deliver(
-                fetch.tensor, chunk.run, fetch.target, landed, number, lambda: not fetch.is_cancelled
-            )
-        except BaseException as error:  # noqa: BLE001 — the target's
-            fetch.error = fetch.error or error
-        with self._lock:
-            if trouble is not None:
-                self._failed(chunk, trouble)
-                return
-            if not fetch.is_cancelled and fetch.error is None:
-                self._fit.copied(chunk.size_bytes, time.perf_counter() - started_s)
-                if landed is None:
-                    self._cached_bytes += chunk.size_bytes
-            self._finish(chunk)
-            self._since_fit += 1
-            if self._since_fit >= _REFIT_CHUNKS:
-                self._since_fit = 0
-                self._fitted = self._fit.fitted()
-            if not self._ending and self._reading < _TOGETHER:  # else the thread that takes what lands does it
-                self._pump()
-
-    def _copy(self, chunk: Chunk, number: int) -> None:
-        started_s = time.perf_counter()
-        fetch = chunk.fetch
-        with self._lock:
-            self._copying += 1
-            threads = self._copying
-        is_there = True
-        try:
-            if chunk.source is Source.TAIL:
-                fetch.target.write(chunk.run.first * fetch.tensor.shape.rows, fetch.tail)
-            else:
-                is_there = self._delivery.deliver_kept(
-                    fetch.tensor, chunk.run, fetch.target, number, lambda: not fetch.is_cancelled
-                )
-        except BaseException as error:  # noqa: BLE001 — the target's
-            fetch.error = fetch.error or error
-        with self._lock:
-            self._copying -= 1
-            if self._may_take():
-                self._handed.notify()
-            if not is_there and not fetch.is_cancelled and not self._ending:
-                self._taken_back_bytes += chunk.size_bytes
-                self._read_instead(chunk, is_again=False)
-                return
-            if chunk.size_bytes and not fetch.is_cancelled and fetch.error is None:
-                self._width.copied(threads, chunk.size_bytes, time.perf_counter() - started_s)
+        if not fetch.is_cancelled and fetch.error is None:
+            if chunk.source is not Source.DEVICE:
                 self._cached_bytes += chunk.size_bytes
+            if not chunk.is_in_memory:
+                self._fit.copied(chunk.size_bytes, taken_s)
+        self._finish(chunk)
+        if chunk.is_in_memory:
+            return
+        self._since_fit += 1
+        if self._since_fit >= _REFIT_CHUNKS:
+            self._since_fit = 0
+            self._fitted = self._fit.fitted()
+        if not self._ending and self._reading < _TOGETHER:  # else the thread that takes what lands does it
+            self._pump()
+
+    def chunk_has_failed(self, chunk: Chunk, error: KVError) -> None:
+        """Try once more, from the device; then the fetch has failed."""
+        if chunk.is_again or chunk.fetch.is_cancelled or self._ending:
+            chunk.fetch.error = chunk.fetch.error or error
             self._finish(chunk)
+            return
+        self._give_back(chunk)
+        self._tried_again += self._read_instead(chunk, is_again=True)
+
+    def chunk_was_taken_back(self, chunk: Chunk) -> None:
+        if chunk.fetch.is_cancelled or self._ending:
+            self._finish(chunk)
+            return
+        self._taken_back_bytes += chunk.size_bytes
+        self._read_instead(chunk, is_again=False)
+
+    def _read_instead(self, chunk: Chunk, *, is_again: bool) -> int:
+        """Have a chunk read from the device, before all others; returns of how many it has become."""
+        instead = list(self._cut_to_read(chunk.fetch, chunk.run.first, chunk.run.last, is_again=is_again))
+        chunk.fetch.left += len(instead) - 1
+        self._reads.extendleft(reversed(instead))
+        self._pump()
+        return len(instead)

@@ -1,8 +1,8 @@
 """The tensors of a KV cache on one region: appended to, fetched, cut off, moved from one path to the other.
 
-Every tensor has its place in the region whatever its path, and everything is written past the page cache. A tensor on
-the page-cache path is read through it, so that its blocks stay there from the first time on; moving it to the direct
-path drops them. Nothing is rewritten either way.
+Every tensor has its place in the region whatever its path, and everything is written past the page cache. What is read
+of a cached tensor stays in memory, or in the page cache where there is no such memory, from the first time on; moving
+it to the direct path drops it. Nothing is rewritten either way.
 """
 
 from __future__ import annotations

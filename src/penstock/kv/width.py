@@ -1,8 +1,8 @@
 """How many threads copy from memory side by side.
 
-Two copy more than one where a copy transposes rows. Where they go over one link, or come from one memory bus, two wait for
-each other: 0.52 to 0.62 s a step where one takes 0.40 to 0.46 (4.5 GB of cached tensors, a target that takes one copy at a
-time). So both are tried, now and then.
+Two may copy more than one, as where a copy transposes rows. Where all go over one link, they wait for each other: 0.52
+to 0.62 s a step where one took 0.40 to 0.46 (4.5 GB, all in memory, a target that takes one copy at a time). So both
+are tried, now and then.
 """
 
 from __future__ import annotations

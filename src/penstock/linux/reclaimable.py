@@ -11,8 +11,8 @@ Facts:
   leaves the huge pages that there are.
 
 So a word that is not zero is noted of every page. When a copy has been made of a page and its word is there
-afterwards, the page had not been taken by then, and the copy is right. That needs no more than what madvise(2) promises,
-whatever else has been put in a page's place.
+afterwards, the page had not been taken by then, and the copy is right. That needs no more than what madvise(2)
+promises, whatever else has been put in a page's place.
 """
 
 from __future__ import annotations
