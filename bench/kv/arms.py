@@ -197,6 +197,7 @@ class Penstock(Kept):
             "cached_bytes": found.plan.cached_bytes,
             "budget_bytes": found.plan.budget_bytes,
             "moved": found.moved,
+            "memory_threads": pipeline.memory_threads,
             "taken_back_bytes": pipeline.taken_back_bytes,
             "chunk_bytes": pipeline.fitted.chunk_bytes,
             "depth": pipeline.fitted.depth,

@@ -7,6 +7,7 @@ import errno
 import os
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from penstock.kv.delivery import Target
 from penstock.kv.residency import KVTensor, Path
 from penstock.kv.store import KVStore, RowsTarget
 from penstock.linux import pagecache
+from penstock.linux.reclaimable import Kept
 from penstock.storage.base import Engine
 from penstock.storage.threads import ThreadEngine
 from penstock.testing.faults import FaultyEngine
@@ -67,7 +69,7 @@ def take_back(store: KVStore, start: int = 0) -> None:
         store._kept._memory.drop(start, store._kept._memory.size_bytes)
 
 
-class Kept:
+class Mirror:
     """What a store must hold: the same, in memory."""
 
     def __init__(self, store: KVStore) -> None:
@@ -108,7 +110,7 @@ def test_whatever_is_done(
     make_store: MakeStore, engine: Engine, is_kept: bool, steps: list[tuple[str, int, int]]
 ) -> None:
     store = make_store(engine, size_bytes=40 * MiB, is_kept=is_kept)
-    kept = Kept(store)
+    kept = Mirror(store)
     names = [KEYS, VALUES, OTHERS]
     for name, row_bytes in zip(names, (64, 3000, 70 * KiB), strict=True):
         kept.add(name, row_bytes)
@@ -230,6 +232,31 @@ def test_moved_while_it_is_copied(make_store: MakeStore, engine: Engine) -> None
         store.move(KEYS, path)
         fetch.wait()
         assert np.array_equal(found, rows)
+
+
+def test_dropped_while_it_is_put(make_store: MakeStore, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = make_store(engine, is_kept=True)
+    store.add(KEYS, 4096)
+    rows = rows_of(64, 4096)
+    store.append(KEYS, rows)
+    store.move(KEYS, Path.CACHED)
+    kept = store._kept
+    assert kept is not None
+    put = kept._memory.put
+
+    def put_and_drop(start: int, data: NDArray[np.uint8], *rest: Any) -> list[Kept]:
+        blocks = put(start, data, *rest)
+        store.move(KEYS, Path.DIRECT)  # it leaves memory, and is to be there again, before the first copy is over
+        store.move(KEYS, Path.CACHED)
+        return blocks
+
+    monkeypatch.setattr(kept._memory, "put", put_and_drop)
+    assert np.array_equal(store.read(KEYS), rows)
+    assert not kept._kept
+    monkeypatch.undo()
+    for _ in range(2):
+        assert np.array_equal(store.read(KEYS), rows)
+    assert len(kept._kept) == 4
 
 
 def test_memory_is_staged_for_a_device(make_store: MakeStore, engine: Engine) -> None:

@@ -63,6 +63,11 @@ class Copiers:
         self._copying = self._idle = 0  # threads
         self._ending = False
 
+    @property
+    def threads_at_once(self) -> int:
+        """That may copy from memory at the moment."""
+        return self._width.threads
+
     def hand_over(self, chunk: Chunk) -> None:
         """Have a chunk copied."""
         heapq.heappush(
@@ -71,8 +76,10 @@ class Copiers:
         self._wake()
 
     def drop(self, unwanted: Callable[[Chunk], bool]) -> list[Chunk]:
-        """Those that nobody copies yet, and now nobody will."""
+        """Those that nobody is at work on, and now nobody will be."""
         dropped = [ready.chunk for ready in self._ready if unwanted(ready.chunk)]
+        dropped += [check[0] for check in self._checks if unwanted(check[0])]
+        self._checks = deque(check for check in self._checks if not unwanted(check[0]))
         self._ready = [ready for ready in self._ready if not unwanted(ready.chunk)]
         heapq.heapify(self._ready)
         return dropped

@@ -6,6 +6,7 @@ back is read from the device again.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from itertools import groupby
 
@@ -29,6 +30,8 @@ class KeptBlocks:
     def __init__(self, size_bytes: int) -> None:
         self._memory = ReclaimableMemory(size_bytes)
         self._kept: dict[int, Kept] = {}  # by the offset of the block
+        self._lock = threading.Lock()  # for changes of it
+        self._drops = 0
 
     def cut(self, tensor: StoredTensor, run: Run) -> Iterator[tuple[bool, Run]]:
         """A run in parts, of which all blocks have been kept, or none."""
@@ -44,9 +47,14 @@ class KeptBlocks:
     def put(self, tensor: StoredTensor, run: Run, stored: NDArray[np.uint8]) -> None:
         """Keep blocks that have been verified, [bytes]. No two threads put the same ones."""
         self.forget(tensor, run)
+        drops = self._drops
         within = next(extent for extent in tensor.blocks.extents if extent[0] <= run.offset < extent[1])
-        for kept in self._memory.put(run.offset, stored, tensor.shape.block_bytes, within):
-            self._kept[kept.start] = kept
+        blocks = self._memory.put(run.offset, stored, tensor.shape.block_bytes, within)
+        with self._lock:
+            if drops == self._drops:
+                self._kept.update((block.start, block) for block in blocks)
+            else:  # perhaps of these, while they were copied
+                self._memory.drop(run.offset, run.offset + len(stored))
 
     def look(self, tensor: StoredTensor, run: Run) -> Look | None:
         """At blocks that are to be copied; None if one of them is known not to be there."""
@@ -69,10 +77,12 @@ class KeptBlocks:
 
     def drop(self, tensor: StoredTensor) -> None:
         """Give back all memory that a tensor's blocks have."""
-        for start, stop in tensor.blocks.extents:
-            for offset in range(start, stop, tensor.shape.block_bytes):
-                self._kept.pop(offset, None)
-            self._memory.drop(start, stop)
+        with self._lock:
+            self._drops += 1
+            for start, stop in tensor.blocks.extents:
+                for offset in range(start, stop, tensor.shape.block_bytes):
+                    self._kept.pop(offset, None)
+                self._memory.drop(start, stop)
 
 
 class Look:

@@ -58,6 +58,7 @@ class PipelineStatistics:
     written_bytes: int
     filled: int  # chunks that were not in the page cache, or not all of them
     tried_again: int  # chunks that failed or were damaged at first
+    memory_threads: int  # that copy from memory side by side
     starved_s: float  # the device had little or nothing to do while chunks were waiting for a buffer
     fitted: Fitted
 
@@ -236,6 +237,7 @@ class Pipeline:
                 self._written_bytes,
                 self._filler.filled,
                 self._tried_again,
+                self._copiers.threads_at_once,
                 self._starved_s,
                 self._fit.fitted(),
             )
