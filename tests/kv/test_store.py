@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from penstock.errors import KVError
 from penstock.kv import delivery
 from penstock.kv.delivery import Target
+from penstock.kv.kept import KeptBlocks
 from penstock.kv.residency import KVTensor, Path
 from penstock.kv.store import KVStore, RowsTarget
 from penstock.linux import pagecache
@@ -257,6 +258,18 @@ def test_dropped_while_it_is_put(make_store: MakeStore, engine: Engine, monkeypa
     for _ in range(2):
         assert np.array_equal(store.read(KEYS), rows)
     assert len(kept._kept) == 4
+
+
+def test_what_lies_behind_all_memory_is_not_kept(make_store: MakeStore, engine: Engine) -> None:
+    store = make_store(engine, is_kept=True)
+    store._kept = store._pipeline._kept = store._pipeline._delivery._kept = KeptBlocks(2 * MiB)
+    store.add(KEYS, 4096)
+    rows = rows_of(1024, 4096)
+    store.append(KEYS, rows)
+    store.move(KEYS, Path.CACHED)
+    for _ in range(3):
+        assert np.array_equal(store.read(KEYS), rows)
+    assert store.statistics().pipeline.cached_bytes
 
 
 def test_memory_is_staged_for_a_device(make_store: MakeStore, engine: Engine) -> None:

@@ -53,6 +53,15 @@ def test_a_page_that_is_gone_is_missed(page: int) -> None:
     assert memory.are_there(put(memory, 1 * MiB, bytes_of(1 * MiB)))
 
 
+def test_what_lies_behind_the_end_is_left_alone() -> None:
+    memory = ReclaimableMemory(2 * MiB)
+    kept = put(memory, 0, bytes_of(2 * MiB))
+    memory.drop(2 * MiB, 1 << 40)
+    assert memory.are_there(kept)
+    memory.drop(1 * MiB, 1 << 40)
+    assert [memory.are_there([part]) for part in kept] == [True] * 16 + [False] * 16
+
+
 def test_pages_that_begin_with_zeros() -> None:
     memory = ReclaimableMemory(8 * MiB)
     data = np.zeros(4 * PART_BYTES, np.uint8)

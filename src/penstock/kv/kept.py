@@ -47,6 +47,8 @@ class KeptBlocks:
     def put(self, tensor: StoredTensor, run: Run, stored: NDArray[np.uint8]) -> None:
         """Keep blocks that have been verified, [bytes]. No two threads put the same ones."""
         self.forget(tensor, run)
+        if run.offset + len(stored) > self._memory.size_bytes:  # the file system has grown since
+            return
         drops = self._drops
         within = next(extent for extent in tensor.blocks.extents if extent[0] <= run.offset < extent[1])
         blocks = self._memory.put(run.offset, stored, tensor.shape.block_bytes, within)

@@ -135,7 +135,8 @@ class ReclaimableMemory:
         return all(bool(self._words[part.start // _WORD_BYTES]) for part in kept if part.words is None)
 
     def drop(self, start: int, stop: int) -> None:
-        """Give memory back: all whole pages of a range."""
+        """Give memory back: all whole pages of a range; what lies behind the end is nobody's."""
+        stop = min(stop, self.size_bytes)
         self._advise(-(-start // mmap.PAGESIZE) * mmap.PAGESIZE, stop // mmap.PAGESIZE * mmap.PAGESIZE, _MADV_DONTNEED)
 
     def _advise(self, start: int, stop: int, advice: int) -> None:
