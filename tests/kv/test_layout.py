@@ -109,3 +109,10 @@ def test_blocks_that_are_not_there() -> None:
     grown.grow(4)
     with pytest.raises(IndexError, match="blocks 3 to 5 of 4"):
         grown.offsets(3, 5)
+
+
+def test_extents_while_one_is_added() -> None:
+    blocks = BlockMap(Allocator(0, 64 * MiB), MiB, 4)
+    before = blocks.extents
+    blocks._starts = np.append(blocks._starts, 32 * MiB)  # what another thread may see: its length comes next
+    assert blocks.extents == before

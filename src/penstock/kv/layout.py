@@ -90,9 +90,9 @@ class BlockMap:
 
     @property
     def extents(self) -> list[tuple[int, int]]:
-        """Each as ``[start, stop)``, bytes in the region, in the order of the blocks."""
-        sizes = np.diff(self._firsts) * self._block_bytes
-        return list(zip(self._starts.tolist(), (self._starts + sizes).tolist(), strict=True))
+        """Each as ``[start, stop)``, bytes in the region, in the order of the blocks. Another thread may add some."""
+        sizes = (np.diff(self._firsts) * self._block_bytes).tolist()
+        return [(start, start + size) for start, size in zip(self._starts.tolist(), sizes, strict=False)]
 
     def grow(self, blocks: int) -> None:
         """Have room for that many blocks. What is there stays where it is.
