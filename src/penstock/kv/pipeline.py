@@ -151,7 +151,7 @@ class Pipeline:
             fetch = Fetch(self, self._number, tensor, Cut(target, tokens))
             chunks = list(self._cut(fetch, first, last))
             in_tail = tokens - in_blocks * tensor.shape.rows
-            if in_tail > 0 and blocks is None:
+            if in_tail > 0 and blocks is None and chunks:
                 fetch.tail = tensor.tail[:in_tail].copy()  # it is appended to meanwhile
                 chunks.append(Chunk(fetch, Run(in_blocks, in_blocks, 0), Source.TAIL))
             fetch.left = len(chunks)
@@ -165,6 +165,8 @@ class Pipeline:
                 else:
                     self._copiers.hand_over(chunk)
             self._pump()
+        if in_tail > 0 and blocks is None and not chunks:  # no work for other threads
+            fetch.target.write(in_blocks * tensor.shape.rows, tensor.tail[:in_tail])
         return fetch
 
     def wait(self, fetch: Fetch) -> None:
