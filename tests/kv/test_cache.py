@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +106,44 @@ def test_cached_tensors_are_somewhere(tmp_path: Path, monkeypatch: pytest.Monkey
         assert bool(read_bytes) == is_kept  # what was kept was read once
         check(cache)
         assert cache.statistics().store.pipeline.direct_bytes == read_bytes
+
+
+LOCKED = """
+import ctypes, resource, sys
+import numpy as np
+from penstock.kv.cache import KVCache
+from penstock.kv.residency import KVTensor
+
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+tensors = [KVTensor(layer, "keys") for layer in range(2)]
+rows = np.random.default_rng(0).integers(0, 256, (128, 65536), np.uint8)
+with KVCache(sys.argv[1]) as cache:  # it grows: addresses for as much as the file system has
+    for tensor in tensors:
+        cache.add(tensor, 65536)
+        cache.append(tensor, rows)
+    cache.step()
+    assert np.array_equal(cache.read(tensors[0]), rows)
+    if ctypes.CDLL(None).mlockall(3):
+        sys.exit(77)
+    for _ in range(3):
+        for tensor in tensors:
+            assert np.array_equal(cache.read(tensor), rows)
+    cache.truncate(tensors[0], 100)
+    cache.append(tensors[0], rows[:28])
+    assert np.array_equal(cache.read(tensors[0]), np.concatenate((rows[:100], rows[:28])))
+    cache.remove(tensors[1])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_a_process_that_locks_its_memory_later(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LOCKED, str(tmp_path)], capture_output=True, text=True, check=False, timeout=120
+    )
+    if done.returncode == 77:
+        pytest.skip("needs to lock memory")
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) * KiB < GiB  # not the addresses that nothing was put at
 
 
 def test_a_directory_is_left_empty(tmp_path: Path) -> None:

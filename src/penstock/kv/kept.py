@@ -32,6 +32,7 @@ class KeptBlocks:
         self._kept: dict[int, Kept] = {}  # by the offset of the block
         self._lock = threading.Lock()  # for changes of it
         self._drops = 0
+        self._is_refused = False  # the process locks its memory by now
 
     def cut(self, tensor: StoredTensor, run: Run) -> Iterator[tuple[bool, Run]]:
         """A run in parts, of which all blocks have been kept, or none."""
@@ -45,13 +46,17 @@ class KeptBlocks:
             yield is_kept, Run(numbers[0], numbers[-1] + 1, offset(numbers[0]))
 
     def put(self, tensor: StoredTensor, run: Run, stored: NDArray[np.uint8]) -> None:
-        """Keep blocks that have been verified, [bytes]. No two threads put the same ones."""
+        """Keep blocks that have been verified, [bytes], if they can be. No two threads put the same ones."""
         self.forget(tensor, run)
-        if run.offset + len(stored) > self._memory.size_bytes:  # the file system has grown since
+        if self._is_refused or run.offset + len(stored) > self._memory.size_bytes:  # the file system has grown since
             return
         drops = self._drops
         within = next(extent for extent in tensor.blocks.extents if extent[0] <= run.offset < extent[1])
-        blocks = self._memory.put(run.offset, stored, tensor.shape.block_bytes, within)
+        try:
+            blocks = self._memory.put(run.offset, stored, tensor.shape.block_bytes, within)
+        except OSError:
+            self._is_refused = True
+            return
         with self._lock:
             if drops == self._drops:
                 self._kept.update((block.start, block) for block in blocks)

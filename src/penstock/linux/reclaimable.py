@@ -7,6 +7,8 @@ Facts:
 - It lies among the file pages: MemAvailable and a cgroup's ``inactive_file`` count it, and a cgroup's limit can be set
   below it. Seen on 6.18: 4 GiB of it, the limit lowered from 6 to 3 GiB, 0.02 s.
 - Writing to a page makes it ordinary memory again, until the next MADV_FREE.
+- mlockall brings all addresses that may be written to into memory, and MADV_FREE and MADV_DONTNEED are EINVAL from
+  then on. So an address may be written to only when something is put there.
 - khugepaged makes a huge page of what is left of one, and that is ordinary memory; MADV_NOHUGEPAGE keeps it away, and
   leaves the huge pages that there are.
 
@@ -36,8 +38,10 @@ _WORD_BYTES = 8
 _PAGE_WORDS = PAGE_BYTES // _WORD_BYTES
 _MADV_DONTNEED, _MADV_FREE, _MADV_HUGEPAGE, _MADV_NOHUGEPAGE, _MADV_DONTDUMP = 4, 8, 14, 15, 16
 _MAP_NORESERVE = 0x4000
+_PROT_NONE = 0
 
 _madvise = function("madvise", [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int])  # mmap's keeps the interpreter lock
+_mprotect = function("mprotect", [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,6 +81,7 @@ class ReclaimableMemory:
         self._being_put: list[tuple[int, int]] = []  # whole huge pages
         self._advise(0, self.size_bytes, _MADV_FREE)  # EINVAL where memory is locked
         self._advise(0, self.size_bytes, _MADV_DONTDUMP)
+        _mprotect(self._address, self.size_bytes, _PROT_NONE)
 
     def put(self, start: int, data: NDArray[np.uint8], part_bytes: int, within: tuple[int, int]) -> list[Kept]:
         """Copy bytes there. Nobody may be putting or dropping the same ones.
@@ -86,6 +91,9 @@ class ReclaimableMemory:
             data: [bytes], whole parts.
             part_bytes: what is told apart, a multiple of `PAGE_BYTES`.
             within: what else will be put around it: huge pages are made of that only.
+
+        Raises:
+            OSError: the process has locked its memory meanwhile; the kernel will not take these bytes.
         """
         with self._putting(start, start + len(data), within):
             np.copyto(self._memory[start : start + len(data)], data)
@@ -101,6 +109,7 @@ class ReclaimableMemory:
         huge_low = max(low, -(-within[0] // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES)
         huge_high = min(high, within[1] // _HUGE_PAGE_BYTES * _HUGE_PAGE_BYTES)
         with self._lock:
+            _mprotect(self._address + low, high - low, mmap.PROT_READ | mmap.PROT_WRITE)
             self._being_put.append((low, high))
             self._try_to_advise(huge_low, huge_high, _MADV_HUGEPAGE)
         try:
@@ -135,16 +144,17 @@ class ReclaimableMemory:
         return all(bool(self._words[part.start // _WORD_BYTES]) for part in kept if part.words is None)
 
     def drop(self, start: int, stop: int) -> None:
-        """Give memory back: all whole pages of a range; what lies behind the end is nobody's."""
-        stop = min(stop, self.size_bytes)
-        self._advise(-(-start // mmap.PAGESIZE) * mmap.PAGESIZE, stop // mmap.PAGESIZE * mmap.PAGESIZE, _MADV_DONTNEED)
+        """Give memory back: all whole pages of a range; what lies behind the end is nobody's. Locked memory stays."""
+        start = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+        stop = min(stop, self.size_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        self._try_to_advise(start, stop, _MADV_DONTNEED)
 
     def _advise(self, start: int, stop: int, advice: int) -> None:
         if start < stop:
             _madvise(self._address + start, stop - start, advice)
 
     def _try_to_advise(self, start: int, stop: int, advice: int) -> None:
-        with contextlib.suppress(OSError):  # a kernel without huge pages
+        with contextlib.suppress(OSError):  # a kernel without huge pages, a process with locked memory
             self._advise(start, stop, advice)
 
 
