@@ -77,6 +77,13 @@ class KeptBlocks:
         """Blocks that lie side by side are still what was kept there."""
         return self._memory.are_there(kept) and all(self._kept.get(block.start) is block for block in kept)
 
+    def forget_lost(self, tensor: StoredTensor, run: Run) -> None:
+        """Know of blocks that have been taken back that they are not there."""
+        for number in range(run.last - run.first):
+            kept = self._kept.get(run.offset + number * tensor.shape.block_bytes)
+            if kept is not None and not self._memory.are_there([kept]):
+                self._kept.pop(kept.start, None)
+
     def forget(self, tensor: StoredTensor, run: Run) -> None:
         """Blocks are going to be something else."""
         for number in range(run.last - run.first):

@@ -312,11 +312,14 @@ class Pipeline:
                 yield Chunk(fetch, run, Source.PAGE_CACHE)
         else:
             for run in tensor.runs(first, last, _KEPT_CHUNK_BYTES):
-                for is_kept, part in self._kept.cut(tensor, run):
-                    if is_kept:
-                        yield Chunk(fetch, part, Source.MEMORY)
-                    else:
-                        yield from self._cut_to_read(fetch, part.first, part.last)
+                yield from self._cut_kept(fetch, run, self._kept)
+
+    def _cut_kept(self, fetch: Fetch, run: Run, kept: KeptBlocks) -> Iterator[Chunk]:
+        for is_kept, part in kept.cut(fetch.tensor, run):
+            if is_kept:
+                yield Chunk(fetch, part, Source.MEMORY)
+            else:
+                yield from self._cut_to_read(fetch, part.first, part.last)
 
     def _cut_to_read(self, fetch: Fetch, first: int, last: int, *, is_again: bool = False) -> Iterator[Chunk]:
         for run in fetch.tensor.runs(first, last, self._fitted.chunk_bytes):
@@ -513,19 +516,25 @@ class Pipeline:
             self._finish(chunk)
             return
         self._give_back(chunk)
-        self._tried_again += self._read_instead(chunk, is_again=True)
+        again = list(self._cut_to_read(chunk.fetch, chunk.run.first, chunk.run.last, is_again=True))
+        self._tried_again += len(again)
+        self._do_instead(chunk, again)
 
     def chunk_was_taken_back(self, chunk: Chunk) -> None:
         if chunk.fetch.is_cancelled or self._ending:
             self._finish(chunk)
             return
-        self._taken_back_bytes += chunk.size_bytes
-        self._read_instead(chunk, is_again=False)
+        assert self._kept is not None
+        self._kept.forget_lost(chunk.fetch.tensor, chunk.run)
+        instead = list(self._cut_kept(chunk.fetch, chunk.run, self._kept))
+        self._taken_back_bytes += sum(part.size_bytes for part in instead if part.source is Source.DEVICE)
+        self._do_instead(chunk, instead)
 
-    def _read_instead(self, chunk: Chunk, *, is_again: bool) -> int:
-        """Have a chunk read from the device, before all others; returns of how many it has become."""
-        instead = list(self._cut_to_read(chunk.fetch, chunk.run.first, chunk.run.last, is_again=is_again))
+    def _do_instead(self, chunk: Chunk, instead: list[Chunk]) -> None:
+        """Have a chunk in other pieces; those from the device before all others."""
         chunk.fetch.left += len(instead) - 1
-        self._reads.extendleft(reversed(instead))
+        self._reads.extendleft(part for part in reversed(instead) if part.source is Source.DEVICE)
+        for part in instead:
+            if part.source is Source.MEMORY:
+                self._copiers.hand_over(part)
         self._pump()
-        return len(instead)
