@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from penstock.linux.process import memory_bytes
+
 _PAGE_BYTES = 4096
 
 
@@ -186,11 +188,6 @@ def _synchronizing(device: str) -> Callable[[], None]:
     return torch.accelerator.synchronize
 
 
-def _status(name: str) -> int:
-    with open("/proc/self/status", encoding="ascii") as file:
-        return next(int(line.split()[1]) << 10 for line in file if line.startswith(f"{name}:"))
-
-
 def main() -> None:
     """One load."""
     device = sys.argv[3]
@@ -200,18 +197,19 @@ def main() -> None:
     sys.stdin.readline()
     with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
         file.write("5")  # the peak counts from here
-    before_bytes = _status("VmRSS")
+    before_bytes = memory_bytes(os.getpid())["VmRSS"]
     cpu = os.times()
     begun_s = time.perf_counter()
     found = load()
     synchronize()
     seconds = time.perf_counter() - begun_s
     after = os.times()
+    sizes = memory_bytes(os.getpid())
     answer: dict[str, Any] = {
         "seconds": seconds,
         "cpu_s": after.user - cpu.user + after.system - cpu.system,
-        "peak_bytes": _status("VmHWM") - before_bytes,
-        "anonymous_bytes": _status("RssAnon"),
+        "peak_bytes": sizes["VmHWM"] - before_bytes,
+        "anonymous_bytes": sizes["RssAnon"],
         "tensors": sum(1 for name in found if name and not name.startswith("/")),
     }
     if "--hash" in sys.argv:

@@ -12,7 +12,7 @@ differs a little from run to run, and where two tokens are about as likely that 
 from __future__ import annotations
 
 import json
-import resource
+import os
 import sys
 import time
 from pathlib import Path
@@ -24,6 +24,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from bench.kv.family import FAMILIES, Family
 from penstock.adapters.transformers import NVMeCache
+from penstock.linux.process import memory_bytes
 from penstock.testing.models import taking
 
 _COMPARED = 64  # logits of each sequence
@@ -117,7 +118,7 @@ def main() -> None:
         figures = cache.statistics()
         found["cached_bytes"] = figures.plan.cached_bytes
         cache.close()
-    found["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    found["peak_rss_bytes"] = memory_bytes(os.getpid())["VmHWM"]
     print(json.dumps(found))
 
 

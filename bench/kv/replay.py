@@ -15,6 +15,7 @@ from pathlib import Path
 from bench.kv.arms import make_arm
 from bench.kv.workload import Baseline, Workload
 from bench.readahead import block_device
+from penstock.linux.process import memory_bytes
 
 _SECTOR_BYTES = 512
 
@@ -55,7 +56,7 @@ def main() -> None:
                 "read_bytes": read_bytes,
                 "cpu_s": use.ru_utime + use.ru_stime,
                 "own_bytes": own_bytes,
-                "peak_rss_bytes": use.ru_maxrss * 1024,
+                "peak_rss_bytes": memory_bytes(os.getpid())["VmHWM"],
                 "figures": figures,
             }
         )

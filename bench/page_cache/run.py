@@ -24,6 +24,7 @@ from bench.page_cache.arms import ARMS, Key
 from bench.page_cache.limit import LimitUse, MemoryLimit
 from bench.readahead import ReadAhead
 from penstock.errors import UnsupportedError
+from penstock.linux.process import memory_bytes
 from penstock.linux.tracefs import TraceFs
 from penstock.units import MiB
 
@@ -365,7 +366,8 @@ def _spawn(
                 while not poller.poll((_SAMPLE_S if sample else TIMEOUT_S) * 1000):
                     if time.perf_counter() - start > TIMEOUT_S:
                         raise RunError(f"not finished after {TIMEOUT_S} s: {' '.join(command)}")
-                    peak_bytes = _peak_bytes(process.pid) or peak_bytes  # it only grows; 0 at the exit
+                    sizes = memory_bytes(process.pid)
+                    peak_bytes = sizes.get("VmHWM", peak_bytes)  # it only grows; not there at the exit
             finally:
                 os.close(pidfd)
             seconds = time.perf_counter() - start
@@ -384,14 +386,6 @@ def _spawn(
             tail = "\n".join(errors.read().splitlines()[-15:])
             raise RunError(f"status {status} of: {' '.join(command)}\n{tail}")
         return _Ended(seconds, output.read(), peak_bytes)
-
-
-def _peak_bytes(pid: int) -> int:
-    try:
-        text = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) << 10 for line in text.splitlines() if line.startswith("VmHWM:")), 0)
 
 
 def _last_line(output: str) -> dict[str, Any]:

@@ -192,6 +192,10 @@ class TestFacts:
         after = process.io_counters(os.getpid())
         assert after.read_chars - before.read_chars >= 4096 * PAGE
 
+    def test_memory_is_not_taken_over_from_a_parent(self, child: Child) -> None:
+        mine, others = process.memory_bytes(os.getpid()), process.memory_bytes(child.pid)
+        assert others["VmRSS"] <= others["VmHWM"] < mine["VmRSS"]
+
     def test_environment_and_command(self, child: Child, file: Path) -> None:
         assert process.environment(child.pid)["PENSTOCK_TEST"] == "a=b"
         assert process.command(child.pid) == [sys.executable, "-u", "-c", CHILD, str(file)]
@@ -335,6 +339,7 @@ EVERYTHING = [
     process.command,
     process.descendants,
     process.io_counters,
+    process.memory_bytes,
     process.read_stat,
     pagemaps.Pagemap,
     process.open_pidfd,

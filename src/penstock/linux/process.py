@@ -252,6 +252,15 @@ def _refusal(pid: int, path: str, error: PermissionError) -> OSError:
     return PermissionError(error.errno, "another user's process, or one that is not dumpable; run as root", path)
 
 
+def memory_bytes(pid: int) -> dict[str, int]:
+    """The sizes in /proc/PID/status by their names there, VmRSS and VmHWM for instance; none of a zombie.
+
+    getrusage's ``ru_maxrss`` is something else: a process that was started by vfork takes it over from its parent.
+    """
+    found = re.findall(rb"^(\w+):\s+(\d+) kB$", _read(pid, "status"), re.MULTILINE)
+    return {name.decode(): int(size) << 10 for name, size in found}
+
+
 def state_of(pid: int) -> str:
     """The letter of the process's state, R, S, D, T or Z; X where it is gone."""
     try:

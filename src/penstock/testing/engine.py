@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from penstock.linux.process import memory_bytes
 from penstock.storage.base import BLOCK_BYTES, READ, WRITE, Completions, Engine, Requests, batch
 from penstock.storage.buffers import huge_buffer
 from penstock.units import KiB, MiB
@@ -505,9 +506,5 @@ class EngineTests:
 
 def _locked_bytes() -> int:
     """Memory that is locked or pinned for this process."""
-    total = 0
-    with open("/proc/self/status", encoding="ascii") as file:
-        for line in file:
-            if line.startswith(("VmLck:", "VmPin:")):
-                total += int(line.split()[1]) * KiB
-    return total
+    sizes = memory_bytes(os.getpid())
+    return sizes["VmLck"] + sizes["VmPin"]
