@@ -1,47 +1,37 @@
 """Rows on their way: storage reads, verification and copies of different chunks at the same time, writes in between.
 
-Each fetch is cut into chunks. What is in memory is copied from there. The rest is read by the engine into buffers of
-the pool, as many at once as `penstock.kv.fit` says, verified, copied, and kept in memory if the tensor is to be there.
-Where there is no memory to keep it in, `penstock.kv.filler` brings it into the page cache, from where it is read and
-verified each time. Fetches are served in their order, but what has landed comes first: while the rows of a cached
-tensor are copied, the device goes on with the next direct one.
-
-Writes yield: they go to the device when no read is waiting for it, or when the pool runs short of buffers.
+Each fetch is cut into chunks. What is in memory is copied from there. The rest is read into buffers of the pool by
+`penstock.kv.transfers`, verified, copied, and kept in memory if the tensor is to be there. Where there is no memory to
+keep it in, `penstock.kv.filler` brings it into the page cache, from where it is read and verified each time. Fetches
+are served in their order, but what has landed comes first: while the rows of a cached tensor are copied, the device
+goes on with the next direct one.
 """
 
 from __future__ import annotations
 
 import sys
 import threading
-import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Self
-
-import numpy as np
 
 from penstock.errors import KVError
 from penstock.kv.copiers import Copiers
 from penstock.kv.delivery import Cut, Delivery, Target, failure
 from penstock.kv.fetch import Chunk, Fetch, Source, Write
 from penstock.kv.filler import Filler
-from penstock.kv.fit import Fit, Fitted
+from penstock.kv.fit import Fitted
 from penstock.kv.kept import KeptBlocks
 from penstock.kv.residency import Path
 from penstock.kv.tensor import Run, StoredTensor
-from penstock.storage.base import READ, WRITE, Engine, batch
+from penstock.kv.transfers import LOOK_AGAIN_S, Transfers
+from penstock.storage.base import Engine
 from penstock.storage.exiting import before_exit
 from penstock.storage.pool import Block, BufferPool
 from penstock.units import MiB
 
 _WORKERS = 2
-_REFIT_CHUNKS = 32
-_WRITES_AT_ONCE = 8
-_TOGETHER = 4  # reads that go to the engine at once, while the device has others: each call costs as much as a copy
-_KEPT_FOR_WRITES = 2  # buffers that reads leave
-_LOOK_AGAIN_S = 0.01  # for a buffer that another cache has given back
 _PIECE_BYTES = 8 * MiB  # of the page cache, read by a thread at once: steps took 11 % longer with 4 MiB, 20 % with 16
 _PIECE_SHARE = 8  # but no more than this part of the pool, where memory is short
 _CACHED_CHUNK_BYTES = 16 * MiB  # takes no buffer; larger ones make what has landed meanwhile wait
@@ -90,27 +80,15 @@ class Pipeline:
         workers: int = _WORKERS,
     ) -> None:
         self._name = name
-        self._engine = engine
-        self._pool = pool
         figures = pool.statistics()
         self._filler = Filler(cached_fd)
         piece_bytes = min(_PIECE_BYTES, figures.blocks * figures.block_bytes // _PIECE_SHARE)
         self._delivery = Delivery(name, cached_fd, max(figures.block_bytes, piece_bytes), workers, kept)
         self._kept = kept
-        self._file = engine.add_file(direct_fd)
-        self._buffers = pool.add_to(engine)
-        self._most_reads = max(1, figures.blocks - _KEPT_FOR_WRITES)
-        self._fit = Fit(smallest_bytes, figures.block_bytes, self._most_reads)
-        self._fitted = self._fit.fitted()
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)  # for callers: a fetch is over, a write, a buffer is free
-        self._begun = threading.Condition(self._lock)  # for the one that takes what has landed
-        self._reads: deque[Chunk] = deque()  # waiting for a buffer
-        self._writes: deque[Write] = deque()  # waiting for the device
-        self._operations: dict[int, Chunk | Write] = {}  # in the engine, by token
-        self._reading = self._writing = self._held = 0  # in the engine; buffers that reads have
-        self._urgent = 0  # who waits for writes
-        self._token = self._number = self._since_fit = 0
+        self._transfers = Transfers(self, self._lock, engine, pool, direct_fd, smallest_bytes=smallest_bytes)
+        self._number = 0
         self._worker_count = workers
         self._copiers = Copiers(self, self._lock, self._delivery, workers)
         self._threads: list[threading.Thread] = []
@@ -119,9 +97,6 @@ class Pipeline:
         self._forget_exit: Callable[[], None] = lambda: None
         self._direct_bytes = self._cached_bytes = self._written_bytes = self._tried_again = 0
         self._taken_back_bytes = 0
-        self._starved_s = 0.0
-        self._watched_since = self._busy_since = self._returned_at = 0.0
-        self._is_short = False  # fewer reads in the engine than would be, were there buffers
 
     # What callers do.
 
@@ -157,14 +132,13 @@ class Pipeline:
             fetch.left = len(chunks)
             if chunks:
                 self._start()
+            self._transfers.read(chunk for chunk in chunks if chunk.source is Source.DEVICE)
             for chunk in chunks:
-                if chunk.source is Source.DEVICE:
-                    self._reads.append(chunk)
-                elif chunk.source is Source.PAGE_CACHE:
+                if chunk.source is Source.PAGE_CACHE:
                     self._fill(chunk, last)
-                else:
+                elif chunk.source is not Source.DEVICE:
                     self._copiers.hand_over(chunk)
-            self._pump()
+            self._transfers.pump()
         if in_tail > 0 and blocks is None and not chunks:  # no work for other threads
             fetch.target.write(in_blocks * tensor.shape.rows, tensor.tail[:in_tail])
         return fetch
@@ -192,14 +166,11 @@ class Pipeline:
         """A buffer to write from; waits until there is one."""
         with self._lock:
             self._check()
-            self._urgent += 1
-            try:
-                while (block := self._pool.acquire_nowait()) is None:
-                    self._pump()
-                    self._changed.wait(_LOOK_AGAIN_S)
+            with self._transfers.awaited():
+                while (block := self._transfers.buffer()) is None:
+                    self._transfers.pump()
+                    self._changed.wait(LOOK_AGAIN_S)
                     self._check()
-            finally:
-                self._urgent -= 1
             return block
 
     def write(self, tensor: StoredTensor, run: Run, memory: Block) -> None:
@@ -207,9 +178,9 @@ class Pipeline:
         with self._lock:
             self._check()
             tensor.writing.update(range(run.first, run.last))
-            self._writes.append(Write(tensor, run, memory))
+            self._transfers.write(Write(tensor, run, memory))
             self._start()
-            self._pump()
+            self._transfers.pump()
 
     def settle(self, tensor: StoredTensor) -> None:
         """Wait until all of a tensor's blocks are on the device.
@@ -240,8 +211,8 @@ class Pipeline:
                 self._filler.filled,
                 self._tried_again,
                 self._copiers.threads_at_once,
-                self._starved_s,
-                self._fit.fitted(),
+                self._transfers.starved_s,
+                self._transfers.fitted,
             )
 
     def close(self) -> None:
@@ -251,20 +222,16 @@ class Pipeline:
                 return
             self._ending = True
             self._drop(lambda _: True)
-            for write in self._writes:
-                self._pool.release(write.memory)
-            self._writes.clear()
-            self._wake_all()
+            self._transfers.end()
+            self._copiers.end()
+            self._changed.notify_all()
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join()
         self._forget_exit()
         self._filler.close()
         self._delivery.close()
-        if not self._operations:
-            for buffer in self._buffers:
-                self._engine.remove_buffer(buffer)
-            self._engine.remove_file(self._file)
+        self._transfers.release()
 
     def __enter__(self) -> Self:
         return self
@@ -284,7 +251,7 @@ class Pipeline:
         if self._threads:
             return
         self._forget_exit = before_exit(self.close)
-        jobs: list[tuple[str, Callable[[], None]]] = [("landing", self._serve)]
+        jobs: list[tuple[str, Callable[[], None]]] = [("landing", self._transfers.serve)]
         jobs += [(f"copy-{number}", partial(self._copiers.work, number)) for number in range(self._worker_count)]
         for name, job in jobs:
             thread = threading.Thread(target=self._run, args=(job,), name=f"penstock-kv-{name}", daemon=True)
@@ -292,14 +259,11 @@ class Pipeline:
             self._threads.append(thread)
 
     def _wait_written(self, tensor: StoredTensor) -> None:
-        self._urgent += 1
-        try:
+        with self._transfers.awaited():
             while tensor.writing:  # even of one that is lost: its space may be somebody else's next
                 self._check()
-                self._pump()
+                self._transfers.pump()
                 self._changed.wait()
-        finally:
-            self._urgent -= 1
         tensor.check()
 
     def _cut(self, fetch: Fetch, first: int, last: int) -> Iterator[Chunk]:
@@ -322,7 +286,7 @@ class Pipeline:
                 yield from self._cut_to_read(fetch, part.first, part.last)
 
     def _cut_to_read(self, fetch: Fetch, first: int, last: int, *, is_again: bool = False) -> Iterator[Chunk]:
-        for run in fetch.tensor.runs(first, last, self._fitted.chunk_bytes):
+        for run in fetch.tensor.runs(first, last, self._transfers.fitted.chunk_bytes):
             yield Chunk(fetch, run, is_again=is_again)
 
     def _fill(self, chunk: Chunk, last: int) -> None:
@@ -348,10 +312,7 @@ class Pipeline:
 
     def _drop(self, unwanted: Callable[[Chunk], bool]) -> None:
         """Forget chunks that nobody works on; their fetches will never be whole."""
-        for chunk in [chunk for chunk in self._reads if unwanted(chunk)]:
-            self._reads.remove(chunk)
-            self._forget(chunk)
-        for chunk in self._copiers.drop(unwanted):
+        for chunk in self._transfers.drop(unwanted) + self._copiers.drop(unwanted):
             self._forget(chunk)
 
     def _forget(self, chunk: Chunk) -> None:
@@ -360,69 +321,9 @@ class Pipeline:
 
     def _finish(self, chunk: Chunk) -> None:
         chunk.fetch.left -= 1
-        self._give_back(chunk)
-        if not chunk.fetch.left or chunk.fetch.error is not None or self._urgent:
+        self._transfers.give_back(chunk)
+        if not chunk.fetch.left or chunk.fetch.error is not None or self._transfers.is_awaited:
             self._changed.notify_all()
-
-    def _give_back(self, chunk: Chunk) -> None:
-        if chunk.memory is None:
-            return
-        self._pool.release(chunk.memory)
-        chunk.memory = None
-        self._held -= 1
-        now = time.monotonic()
-        if self._reads and self._returned_at:
-            self._fit.paused(now - self._returned_at)
-        self._returned_at = now if self._reads else 0.0
-
-    def _pump(self) -> None:
-        """Give the engine what it may have."""
-        begun: list[Chunk | Write] = []
-        depth = min(self._fitted.depth, self._most_reads)
-        if self._reading > _TOGETHER and depth - self._held < min(_TOGETHER, len(self._reads)):
-            depth = 0  # the device has enough to do until there are more buffers
-        while self._reads and self._held < depth and (memory := self._pool.acquire_nowait()) is not None:
-            chunk = self._reads.popleft()
-            chunk.memory = memory
-            self._held += 1
-            self._reading += 1
-            begun.append(chunk)
-        while self._writes and self._writing < _WRITES_AT_ONCE and (self._urgent or not self._reads):
-            self._writing += 1
-            begun.append(self._writes.popleft())
-        now = time.monotonic()
-        if begun and not self._operations:
-            self._busy_since = now
-        if self._watched_since:  # there was something to read
-            watched_s = now - self._watched_since
-            starved_s = watched_s if self._is_short else 0.0
-            self._fit.watched(watched_s, starved_s)
-            self._starved_s += starved_s
-        self._watched_since = now if self._reads or self._reading else 0.0
-        self._is_short = bool(self._reads) and self._reading < _TOGETHER
-        if begun:
-            self._submit(begun)
-        if begun or self._reads:
-            self._begun.notify()
-
-    def _submit(self, begun: list[Chunk | Write]) -> None:
-        first = self._token
-        self._token += len(begun)
-        memory = [operation.memory for operation in begun]
-        requests = batch(
-            READ,
-            file=self._file,
-            offset=[operation.run.offset for operation in begun],
-            length=[operation.size_bytes for operation in begun],
-            buffer=[self._buffers[block.slab] for block in memory if block is not None],
-            buffer_offset=[block.offset for block in memory if block is not None],
-            token=np.arange(first, self._token),
-        )
-        requests["operation"] = [READ if isinstance(operation, Chunk) else WRITE for operation in begun]
-        self._operations.update(zip(range(first, self._token), begun, strict=True))
-        self._engine.submit(requests)
-
-    # The threads.
 
     def _run(self, job: Callable[[], None]) -> None:
         try:
@@ -430,43 +331,12 @@ class Pipeline:
         except BaseException as error:  # noqa: BLE001 — whatever it is, those who wait are to hear of it
             with self._lock:
                 self._broken = self._broken or error
-                self._wake_all()
+                self._transfers.wake()
+                self._changed.notify_all()
 
-    def _wake_all(self) -> None:
-        for waiting in (self._changed, self._begun):
-            waiting.notify_all()
-        if self._ending:
-            self._copiers.end()
+    # What becomes of reads and writes: see `penstock.kv.transfers.Owner`.
 
-    def _serve(self) -> None:
-        """Takes what the engine has done."""
-        while True:
-            with self._lock:
-                while not self._operations and not self._ending:
-                    self._begun.wait(_LOOK_AGAIN_S if self._reads else None)
-                    self._pump()
-                if not self._operations:
-                    return
-            done = self._engine.wait(1)
-            began_s = time.perf_counter()
-            with self._lock:
-                now = time.monotonic()
-                moved = 0
-                for token, result in zip(done["token"].tolist(), done["result"].tolist(), strict=True):
-                    operation = self._operations.pop(token)
-                    moved += max(0, result)
-                    if isinstance(operation, Chunk):
-                        self._landed(operation, result)
-                    else:
-                        self._written(operation, result)
-                self._fit.read(moved, now - self._busy_since)
-                self._busy_since = now
-                if not self._ending:
-                    self._pump()
-                self._fit.landed(len(done), time.perf_counter() - began_s)
-
-    def _landed(self, chunk: Chunk, result: int) -> None:
-        self._reading -= 1
+    def read_is_over(self, chunk: Chunk, result: int) -> None:
         if chunk.fetch.is_cancelled or self._ending:
             self._forget(chunk)
         elif result != chunk.size_bytes:
@@ -475,19 +345,18 @@ class Pipeline:
             self._direct_bytes += result
             self._copiers.hand_over(chunk)
 
-    def _written(self, write: Write, result: int) -> None:
-        self._writing -= 1
+    def write_is_over(self, write: Write, result: int) -> None:
         if result == write.size_bytes:
             self._written_bytes += result
         elif not write.is_again and not self._ending:
             self._tried_again += 1
             write.is_again = True
-            self._writes.appendleft(write)
+            self._transfers.write_again(write)
             return
         else:
             write.tensor.error = write.tensor.error or failure(self._name, "writing", write.tensor, write.run, result)
         write.tensor.writing.difference_update(range(write.run.first, write.run.last))
-        self._pool.release(write.memory)
+        self._transfers.give_back(write)
         self._changed.notify_all()
 
     # What becomes of chunks: see `penstock.kv.copiers.Owner`.
@@ -498,16 +367,10 @@ class Pipeline:
             if chunk.source is not Source.DEVICE:
                 self._cached_bytes += chunk.size_bytes
             if not chunk.is_in_memory:
-                self._fit.copied(chunk.size_bytes, taken_s)
+                self._transfers.copied(chunk, taken_s)
         self._finish(chunk)
-        if chunk.is_in_memory:
-            return
-        self._since_fit += 1
-        if self._since_fit >= _REFIT_CHUNKS:
-            self._since_fit = 0
-            self._fitted = self._fit.fitted()
-        if not self._ending and self._reading < _TOGETHER:  # else the thread that takes what lands does it
-            self._pump()
+        if not chunk.is_in_memory:
+            self._transfers.pump_if_short()
 
     def chunk_has_failed(self, chunk: Chunk, error: KVError) -> None:
         """Try once more, from the device; then the fetch has failed."""
@@ -515,7 +378,7 @@ class Pipeline:
             chunk.fetch.error = chunk.fetch.error or error
             self._finish(chunk)
             return
-        self._give_back(chunk)
+        self._transfers.give_back(chunk)
         again = list(self._cut_to_read(chunk.fetch, chunk.run.first, chunk.run.last, is_again=True))
         self._tried_again += len(again)
         self._do_instead(chunk, again)
@@ -533,8 +396,8 @@ class Pipeline:
     def _do_instead(self, chunk: Chunk, instead: list[Chunk]) -> None:
         """Have a chunk in other pieces; those from the device before all others."""
         chunk.fetch.left += len(instead) - 1
-        self._reads.extendleft(part for part in reversed(instead) if part.source is Source.DEVICE)
+        self._transfers.read_first(part for part in instead if part.source is Source.DEVICE)
         for part in instead:
             if part.source is Source.MEMORY:
                 self._copiers.hand_over(part)
-        self._pump()
+        self._transfers.pump()
