@@ -132,6 +132,7 @@ with KVCache(sys.argv[1]) as cache:  # it grows: addresses for as much as the fi
     cache.truncate(tensors[0], 100)
     cache.append(tensors[0], rows[:28])
     assert np.array_equal(cache.read(tensors[0]), np.concatenate((rows[:100], rows[:28])))
+    assert "lock" in cache.statistics().not_kept
     cache.remove(tensors[1])
 print(memory_bytes(os.getpid())["VmHWM"])
 """

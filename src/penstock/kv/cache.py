@@ -58,7 +58,7 @@ class KVStatistics:
         engine: that moves its bytes, and why it is no better one ("" if it is the best).
         fallback: why not a better engine.
         is_direct: the direct path avoids the page cache; the file system can refuse that.
-        not_kept: why cached tensors are in the page cache and not in memory of their own; "" if they are not.
+        not_kept: why cached tensors are not in memory of their own, and where they are read; "" if they are there.
         plan: where each tensor is, and why.
         steps: that were planned for.
         moved: tensors that have changed their path since they were new, each time counted.
@@ -128,9 +128,9 @@ class KVCache:
             pool = undo.enter_context(_shared_pool(self._affordable(pool_bytes)))
             made, self._fallback = create_engine(engine, depth=DEPTH)
             self._engine = undo.enter_context(made)
-            kept, self._not_kept = _memory_to_keep(self._region, can_grow=self._can_grow)
-            self._reserve_share = _RESERVE_SHARE if kept else _PAGE_CACHE_RESERVE_SHARE
-            self._store = undo.enter_context(KVStore(self._region, self._engine, pool, kept, codec=codec))
+            self._kept, self._not_kept = _memory_to_keep(self._region, can_grow=self._can_grow)
+            self._reserve_share = _RESERVE_SHARE if self._kept else _PAGE_CACHE_RESERVE_SHARE
+            self._store = undo.enter_context(KVStore(self._region, self._engine, pool, self._kept, codec=codec))
             self._pressure: tuple[float, Pressure | None] = (time.monotonic(), read_pressure())
             self._budget = Budget(self._reading(), reserve_bytes=0)
             self._plan = plan({}, 0)
@@ -247,12 +247,17 @@ class KVCache:
             self._engine.name,
             self._fallback,
             self._region.is_direct,
-            self._not_kept,
+            self._not_kept or self._not_kept_any_more(),
             self._plan,
             self._steps,
             self._moved,
             self._store.statistics(),
         )
+
+    def _not_kept_any_more(self) -> str:
+        if self._kept is None or not self._kept.refused:
+            return ""
+        return f"{self._kept.refused}: what is not there yet is read from the device each time"
 
     def close(self) -> None:
         """Give everything back; what it holds is lost. A second time does nothing."""

@@ -23,6 +23,9 @@ class KeptBlocks:
     Args:
         size_bytes: that the region has, or may grow to. Only what is kept takes memory.
 
+    Attributes:
+        refused: why nothing more is kept; "" if it is.
+
     Raises:
         OSError: there cannot be such memory; see `ReclaimableMemory`.
     """
@@ -32,7 +35,7 @@ class KeptBlocks:
         self._kept: dict[int, Kept] = {}  # by the offset of the block
         self._lock = threading.Lock()  # for changes of it
         self._drops = 0
-        self._is_refused = False  # the process locks its memory by now
+        self.refused = ""
 
     def cut(self, tensor: StoredTensor, run: Run) -> Iterator[tuple[bool, Run]]:
         """A run in parts, of which all blocks have been kept, or none."""
@@ -48,14 +51,14 @@ class KeptBlocks:
     def put(self, tensor: StoredTensor, run: Run, stored: NDArray[np.uint8]) -> None:
         """Keep blocks that have been verified, [bytes], if they can be. No two threads put the same ones."""
         self.forget(tensor, run)
-        if self._is_refused or run.offset + len(stored) > self._memory.size_bytes:  # the file system has grown since
+        if self.refused or run.offset + len(stored) > self._memory.size_bytes:  # the file system has grown since
             return
         drops = self._drops
         within = next(extent for extent in tensor.blocks.extents if extent[0] <= run.offset < extent[1])
         try:
             blocks = self._memory.put(run.offset, stored, tensor.shape.block_bytes, within)
-        except OSError:
-            self._is_refused = True
+        except OSError as error:
+            self.refused = f"the kernel takes no memory back any more ({error.strerror}; does the process lock it?)"
             return
         with self._lock:
             if drops == self._drops:
