@@ -39,9 +39,9 @@ _FIRST_GROUP = 2  # to a device that has nothing to do
 # Three times as many requests as the kernel has are ready in the submission ring, or as many as that: more entries than
 # these take more than the 64 KiB that an ordinary user may lock on old systems.
 _FEW_ENTRIES = 512
-# Of what the kernel has, this part is waited for at once, and replaced by what is ready. Of fio's rate of 4 KiB requests,
-# 64 deep, reads had 0.91, 0.96 and 0.96 with a half, a quarter and an eighth (medians of 10 rounds), writes 0.90, 0.91
-# and 0.91 (of 24 to 36); the CPU that each takes is the same within 5 %.
+# Of what the kernel has, this part is waited for at once, and replaced by what is ready. Of fio's rate of 4 KiB
+# requests, 64 deep, reads had 0.91, 0.96 and 0.96 with a half, a quarter and an eighth (medians of 10 rounds), writes
+# 0.90, 0.91 and 0.91 (of 24 to 36); the CPU that each takes is the same within 5 %.
 _PART = 8
 _FILE_SLOTS = _BUFFER_SLOTS = 256  # of the tables of registered files and buffers; what is beyond goes unregistered
 _LARGEST_TRANSFER_BYTES = 0x7FFFF000  # of one entry: MAX_RW_COUNT
