@@ -6,17 +6,19 @@ import atexit
 import os
 from pathlib import Path
 
+from bench.errors import BenchError
+
 
 def block_device(directory: Path) -> Path:
     """The sysfs directory of the whole disk that holds a directory.
 
     Raises:
-        FileNotFoundError: the file system is not on a block device of its own (overlay, tmpfs, network).
+        BenchError: the file system is not on a block device of its own (overlay, tmpfs, network).
     """
     number = directory.stat().st_dev
     device = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
     if not device.exists():
-        raise FileNotFoundError(f"{directory} is on no block device; give --dir on a disk's file system")
+        raise BenchError(f"{directory} is on no block device; give --dir on a disk's file system")
     device = device.resolve()
     return device if (device / "queue").is_dir() else device.parent  # a partition has no queue
 

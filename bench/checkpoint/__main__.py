@@ -162,13 +162,13 @@ class _Asked:
 def _bench(console: Console, asked: _Asked, directory: Path, json_path: Path | None) -> bool:
     size_bytes, names, states, quick = asked.size_bytes, asked.names, asked.states, asked.quick
     directory.mkdir(parents=True, exist_ok=True)
+    machine = describe(directory)
     preset = "tiny-llama" if quick else "llama-3.2-3b"
     makers = {
         "model": lambda: generate(directory, preset=preset, size_bytes=size_bytes, gguf=False).directory,
         "experts": lambda: _experts(directory, size_bytes // 3, 200 if quick else _EXPERTS),
     }
     models = {model: makers[model]() for model in asked.models if _able(names, model)}
-    machine = describe(directory)
     runs: dict[tuple[str, str, str], list[Run]] = {}
     limits: dict[str, list[Limit]] = {model: [] for model in models}
     with (

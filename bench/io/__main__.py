@@ -70,6 +70,7 @@ def main(
         if not shapes:
             there = ", ".join(dict.fromkeys(format_size(shape.block_bytes) for shape in SHAPES))
             raise BenchError(f"--block {' '.join(blocks)}: there are {there}")
+        machine = describe(directory)
         with tempfile.TemporaryDirectory(prefix="bench-io-", dir=directory) as scratch:
             path = Path(scratch) / "file"
             size_bytes = parse_size(size) // _LARGE_BYTES * _LARGE_BYTES
@@ -81,7 +82,6 @@ def main(
             found = _measure(console, path, shapes, rounds, seconds, without_uring=bool(reason), without_fio=quick)
     except (BenchError, RunError, ValueError) as error:
         raise click.ClickException(str(error)) from error
-    machine = describe(directory)
     for name, value in machine.lines():
         console.print(f"{name:12} {value}", highlight=False)
     failed = False

@@ -104,6 +104,7 @@ def main(
                 Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-kv-", dir=directory)))
                 for _ in range(2)
             )
+            machine = describe(directory)
             read_ahead = ReadAhead(directory)
             stack.callback(read_ahead.restore)
             if halving:
@@ -130,7 +131,6 @@ def main(
                         console.print(_line(percent, number, rounds, name, runs[name][-1]), highlight=False)
     except (BenchError, RunError) as error:
         raise click.ClickException(str(error)) from error
-    machine = describe(directory)
     for name, value in machine.lines():
         console.print(f"{name:12} {value}", highlight=False)
     for percent, runs in found.items():

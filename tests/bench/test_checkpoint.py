@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bench.errors import BenchError
 from bench.readahead import ReadAhead, block_device
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -30,7 +31,7 @@ def test_quick_runs_every_model_and_state(tmp_path: Path) -> None:
 def test_the_read_ahead_is_put_back(tmp_path: Path) -> None:
     try:
         read_ahead = ReadAhead(tmp_path)
-    except FileNotFoundError as error:
+    except BenchError as error:
         pytest.skip(f"needs temporary files on a block device: {error}")
     if not read_ahead.may_set():
         pytest.skip(f"takes root to write {read_ahead.path}")
@@ -43,7 +44,7 @@ def test_the_read_ahead_is_put_back(tmp_path: Path) -> None:
 def quick_rows(tmp_path: Path, *options: str) -> list[dict[str, Any]]:
     try:
         block_device(tmp_path)
-    except FileNotFoundError as error:
+    except BenchError as error:
         pytest.skip(f"needs temporary files on a block device: {error}")
     answer = tmp_path / "answer.json"
     place = ["--dir", str(tmp_path / "bench"), "--json", str(answer)]

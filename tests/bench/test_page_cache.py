@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from bench.errors import BenchError
 from bench.memory import Ballast, resident_share
 from bench.page_cache.arms import ARMS, CLIENTS, Key, Setting
 from bench.page_cache.results import Results
@@ -28,7 +29,7 @@ def disk(tmp_path: Path) -> Path:
     """A directory on a disk."""
     try:
         block_device(tmp_path)
-    except FileNotFoundError as error:
+    except BenchError as error:
         pytest.skip(f"needs temporary files on a block device: {error}")
     return tmp_path
 
