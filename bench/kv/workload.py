@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from bench.errors import RunError
 from penstock.device.choose import open_device
 from penstock.kv.residency import KVTensor
+from penstock.linux.process import memory_bytes
 from penstock.storage.buffers import huge_buffer
 from penstock.units import MiB
 
@@ -159,5 +160,4 @@ class Baseline:
 
     def anon_bytes(self) -> int:
         """Anonymous memory of this process."""
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon:"))
+        return memory_bytes(os.getpid())["RssAnon"]
