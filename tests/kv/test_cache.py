@@ -61,8 +61,21 @@ def test_as_many_are_cached_as_memory_holds(tmp_path: Path, memory: int, number:
         check(cache)
         figures = cache.statistics()
         assert figures.steps == 2
-        assert figures.plan.cached_bytes == number * 4 * MiB
+        assert figures.plan.cached_bytes == min(memory, 32 * MiB)
         assert bool(figures.store.pipeline.cached_bytes) == bool(number)
+
+
+def test_what_is_left_of_memory_holds_a_part_of_one_more(tmp_path: Path) -> None:
+    with KVCache(tmp_path, memory=18 * MiB) as cache:
+        fill(cache)
+        cache.step()
+        check(cache)
+        before_bytes = cache.statistics().store.pipeline.direct_bytes
+        check(cache)
+        assert cache.statistics().store.pipeline.direct_bytes - before_bytes == 14 * MiB
+        (part,) = (decision for decision in cache.plan.decisions.values() if 0 < decision.cached_bytes < 4 * MiB)
+        assert part.path is Residence.DIRECT
+        assert str(part).endswith("has 2.0 MiB left after those before it in the ranking, which its first blocks take")
 
 
 def test_memory_that_comes_and_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,6 +48,19 @@ def test_a_plan_keeps_to_its_budget_and_wastes_none(found: dict[KVTensor, int], 
     assert all(size > left_bytes for tensor, size in found.items() if tensor not in cached)
 
 
+@given(
+    st.dictionaries(st.builds(KVTensor, st.integers(0, 30), st.sampled_from(KINDS)), st.integers(0, GiB), min_size=1),
+    st.integers(0, 8 * GiB),
+)
+def test_in_part_a_plan_leaves_nothing(found: dict[KVTensor, int], budget_bytes: int) -> None:
+    whole, made = plan(found, budget_bytes), plan(found, budget_bytes, in_part=True)
+    assert made.moved(whole) == []
+    assert made.cached_bytes == min(budget_bytes, sum(found.values()))
+    assert made.cached_bytes == sum(decision.cached_bytes for decision in made.decisions.values())
+    parts = [decision for decision in made.decisions.values() if 0 < decision.cached_bytes < decision.size_bytes]
+    assert len(parts) <= 1
+
+
 @given(st.integers(1, 64), st.integers(0, 5000), st.integers(0, 5000))
 def test_a_larger_budget_moves_nothing_away(layers: int, first_mib: int, second_mib: int) -> None:
     low, high = sorted((first_mib * MiB, second_mib * MiB))

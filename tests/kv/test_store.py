@@ -190,6 +190,41 @@ def test_what_is_kept_is_not_read_again(make_store: MakeStore, engine: Engine) -
     assert [read_bytes(), read_bytes()] == [256 * KiB, 256 * KiB]
 
 
+def test_a_part_is_kept(make_store: MakeStore, engine: Engine) -> None:
+    store = make_store(engine, is_kept=True)
+    store.add(KEYS, 4096)
+    rows = rows_of(2048, 4096)
+    store.append(KEYS, rows)
+
+    def read_bytes() -> int:
+        before = store.statistics().pipeline.direct_bytes
+        assert np.array_equal(store.read(KEYS), rows)
+        return store.statistics().pipeline.direct_bytes - before
+
+    store.move(KEYS, Path.DIRECT, part_bytes=3 * MiB + 4096)
+    assert [read_bytes(), read_bytes()] == [8 * MiB, 5 * MiB]
+    store.move(KEYS, Path.DIRECT, part_bytes=1 * MiB)
+    assert [read_bytes(), read_bytes()] == [7 * MiB, 7 * MiB]
+    store.move(KEYS, Path.DIRECT, part_bytes=2 * MiB)
+    assert [read_bytes(), read_bytes()] == [7 * MiB, 6 * MiB]
+    store.move(KEYS, Path.CACHED)
+    assert [read_bytes(), read_bytes()] == [6 * MiB, 0]
+    store.move(KEYS, Path.DIRECT, part_bytes=8 * MiB)
+    assert read_bytes() == 0
+    store.move(KEYS, Path.DIRECT)
+    assert read_bytes() == 8 * MiB
+
+
+def test_without_such_memory_no_part_is_kept(make_store: MakeStore, engine: Engine) -> None:
+    store = make_store(engine)
+    store.add(KEYS, 4096)
+    store.append(KEYS, rows_of(2048, 4096))
+    store.move(KEYS, Path.DIRECT, part_bytes=4 * MiB)
+    for _ in range(2):
+        store.read(KEYS)
+    assert store.statistics().pipeline.direct_bytes == 16 * MiB
+
+
 class TakenBack(Target):
     """Takes rows, while the kernel takes the memory that they are copied from."""
 

@@ -191,12 +191,13 @@ class KVCache:
         self._steps += 1
         budget_bytes = self._budget.update(self._reading())
         sizes = {name: tensor.stored_bytes for name, tensor in self._store.tensors.items()}
-        before, self._plan = self._plan, plan(sizes, budget_bytes, self._ranking)
+        before = self._plan
+        self._plan = plan(sizes, budget_bytes, self._ranking, in_part=self._kept is not None)
         moved = []
         for decision in self._plan.decisions.values():
             if decision.path is not self._store.tensors[decision.tensor].path:
-                self._store.move(decision.tensor, decision.path)
                 moved.append(decision)
+            self._store.move(decision.tensor, decision.path, part_bytes=decision.cached_bytes)
         self._moved += len(self._plan.moved(before))
         return moved
 

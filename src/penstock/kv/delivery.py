@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from penstock.errors import KVError
 from penstock.kv.kept import KeptBlocks, Look
-from penstock.kv.residency import Path
 from penstock.kv.tensor import Run, StoredTensor, checksum
 from penstock.storage.buffers import huge_buffer
 
@@ -110,10 +109,13 @@ class Delivery:
                 return None
             stored = landed[: (run.last - run.first) * block_bytes]
             trouble = self._hand_on(tensor, run, stored, target)
-            if trouble is None and self._kept is not None and tensor.path is Path.CACHED:
-                self._kept.put(tensor, run, stored)
-                if tensor.path is not Path.CACHED:  # by now
-                    self._kept.drop(tensor)
+            if trouble is None and self._kept is not None:
+                last = min(run.last, tensor.cached_blocks)
+                if run.first < last:
+                    part = Run(run.first, last, run.offset)
+                    self._kept.put(tensor, part, stored[: (last - run.first) * block_bytes])
+                    if tensor.cached_blocks < last:  # by now
+                        self._kept.drop(tensor, tensor.cached_blocks)
             return trouble
         blocks, most = run.last - run.first, len(self._scratch[thread]) // block_bytes
         together = -(-blocks // -(-blocks // most))  # about as many in each piece

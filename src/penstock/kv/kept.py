@@ -92,12 +92,16 @@ class KeptBlocks:
         for number in range(run.last - run.first):
             self._kept.pop(run.offset + number * tensor.shape.block_bytes, None)
 
-    def drop(self, tensor: StoredTensor) -> None:
-        """Give back all memory that a tensor's blocks have."""
+    def drop(self, tensor: StoredTensor, first: int = 0) -> None:
+        """Give back all memory that a tensor's blocks have, from a number on."""
+        block_bytes = tensor.shape.block_bytes
+        skipped_bytes = first * block_bytes
         with self._lock:
             self._drops += 1
-            for start, stop in tensor.blocks.extents:
-                for offset in range(start, stop, tensor.shape.block_bytes):
+            for extent_start, stop in tensor.blocks.extents:
+                start = min(extent_start + skipped_bytes, stop)
+                skipped_bytes -= start - extent_start
+                for offset in range(start, stop, block_bytes):
                     self._kept.pop(offset, None)
                 self._memory.drop(start, stop)
 

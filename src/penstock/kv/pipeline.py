@@ -23,7 +23,6 @@ from penstock.kv.fetch import Chunk, Fetch, Source, Write
 from penstock.kv.filler import Filler
 from penstock.kv.fit import Fitted
 from penstock.kv.kept import KeptBlocks
-from penstock.kv.residency import Path
 from penstock.kv.tensor import Run, StoredTensor
 from penstock.kv.transfers import LOOK_AGAIN_S, Transfers
 from penstock.storage.base import Engine
@@ -269,14 +268,14 @@ class Pipeline:
     def _cut(self, fetch: Fetch, first: int, last: int) -> Iterator[Chunk]:
         """Blocks of a fetch, as large as they are read or copied at once."""
         tensor = fetch.tensor
-        if tensor.path is Path.DIRECT:
-            yield from self._cut_to_read(fetch, first, last)
-        elif self._kept is None:
-            for run in tensor.runs(first, last, _CACHED_CHUNK_BYTES):
+        cached = max(first, min(last, tensor.cached_blocks))
+        if self._kept is None:
+            for run in tensor.runs(first, cached, _CACHED_CHUNK_BYTES):
                 yield Chunk(fetch, run, Source.PAGE_CACHE)
         else:
-            for run in tensor.runs(first, last, _KEPT_CHUNK_BYTES):
+            for run in tensor.runs(first, cached, _KEPT_CHUNK_BYTES):
                 yield from self._cut_kept(fetch, run, self._kept)
+        yield from self._cut_to_read(fetch, cached, last)
 
     def _cut_kept(self, fetch: Fetch, run: Run, kept: KeptBlocks) -> Iterator[Chunk]:
         for is_kept, part in kept.cut(fetch.tensor, run):

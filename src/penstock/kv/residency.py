@@ -1,14 +1,14 @@
 """Which tensors of a KV cache live in host memory and which on the storage device: pure functions of sizes and budgets.
 
 The unit is one layer's keys or its values, as in DUAL-BLADE (arXiv 2604.26557), which caches the first layers that fit
-and decides once. Here the cached ones are spread between the others, so that storage works while they are copied, and
-the decision is made again as memory comes and goes.
+and decides once. Here the cached ones are spread between the others, so that storage works while they are copied, the
+decision is made again as memory comes and goes, and what memory is left holds a part of one more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Literal, TypeAlias
 
@@ -62,11 +62,20 @@ def first_layers(tensors: Sequence[KVTensor]) -> list[KVTensor]:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Where one tensor goes, and why."""
+    """Where one tensor goes, and why.
+
+    Attributes:
+        tensor: which one.
+        path: of its blocks; those on the direct path may begin with some that stay in memory.
+        size_bytes: of it.
+        cached_bytes: of these, what may stay in memory.
+        reason: to be read by a person.
+    """
 
     tensor: KVTensor
     path: Path
     size_bytes: int
+    cached_bytes: int
     reason: str
 
     def __str__(self) -> str:
@@ -94,13 +103,14 @@ class Plan:
         ]
 
 
-def plan(sizes: Mapping[KVTensor, int], budget_bytes: int, ranking: Ranking = spread) -> Plan:
+def plan(sizes: Mapping[KVTensor, int], budget_bytes: int, ranking: Ranking = spread, *, in_part: bool = False) -> Plan:
     """Cache tensors in the order of a ranking, as many as fit.
 
     Args:
         sizes: of each tensor, in bytes.
         budget_bytes: what the cached ones may take together.
         ranking: returns the same tensors in the order in which they are worth caching.
+        in_part: what is left of the budget goes to the first one that does not fit.
 
     Raises:
         ValueError: the ranking has lost or invented tensors.
@@ -110,19 +120,27 @@ def plan(sizes: Mapping[KVTensor, int], budget_bytes: int, ranking: Ranking = sp
         raise ValueError(f"the ranking gave {len(order)} tensors for {len(sizes)}, or others")
     decisions: dict[KVTensor, Decision] = {}
     cached_bytes = 0
+    too_large: list[KVTensor] = []
     for number, tensor in enumerate(order, 1):
         size_bytes = sizes[tensor]
         left_bytes = budget_bytes - cached_bytes
         if size_bytes <= left_bytes:
             cached_bytes += size_bytes
             reason = f"it is number {number} of {len(order)} in the ranking and fits into what the budget leaves"
-            decisions[tensor] = Decision(tensor, Path.CACHED, size_bytes, reason)
+            decisions[tensor] = Decision(tensor, Path.CACHED, size_bytes, size_bytes, reason)
         else:
             reason = (
                 f"it takes {format_size(size_bytes)} and the budget of {format_size(budget_bytes)} has "
                 f"{format_size(left_bytes)} left after those before it in the ranking"
             )
-            decisions[tensor] = Decision(tensor, Path.DIRECT, size_bytes, reason)
+            decisions[tensor] = Decision(tensor, Path.DIRECT, size_bytes, 0, reason)
+            too_large.append(tensor)
+    left_bytes = budget_bytes - cached_bytes
+    if in_part and too_large and left_bytes > 0:
+        whole = decisions[too_large[0]]
+        reason = f"{whole.reason}, which its first blocks take"
+        decisions[whole.tensor] = replace(whole, cached_bytes=left_bytes, reason=reason)
+        cached_bytes = budget_bytes
     return Plan(budget_bytes, cached_bytes, {tensor: decisions[tensor] for tensor in sorted(decisions)})
 
 

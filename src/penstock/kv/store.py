@@ -27,7 +27,7 @@ from penstock.kv.kept import KeptBlocks
 from penstock.kv.layout import FOLIO_BYTES, BlockMap, block_shape
 from penstock.kv.pipeline import Pipeline, PipelineStatistics
 from penstock.kv.residency import KVTensor, Path
-from penstock.kv.tensor import StoredTensor, checksum
+from penstock.kv.tensor import ALL_BLOCKS, StoredTensor, checksum
 from penstock.linux.pagecache import drop
 from penstock.storage.base import Engine, EngineStatistics
 from penstock.storage.pool import BufferPool, PoolStatistics
@@ -221,14 +221,20 @@ class KVStore:
         self._pipeline.fetch(tensor, RowsTarget(found, number * tensor.shape.rows), blocks=(number, number + 1)).wait()
         return found
 
-    def move(self, name: KVTensor, path: Path) -> None:
-        """Have a tensor read by another path from now on. A fetch that is under way goes on as it began."""
+    def move(self, name: KVTensor, path: Path, *, part_bytes: int = 0) -> None:
+        """Have a tensor read by another path from now on. A fetch that is under way goes on as it began.
+
+        Args:
+            name: which one.
+            path: of its blocks.
+            part_bytes: that stay in memory of one on the direct path, if there is such memory: its first whole blocks.
+        """
         tensor = self.tensors[name]
-        if tensor.path is path:
-            return
-        tensor.path = path
-        if path is Path.DIRECT:
-            self._forget_cached(tensor)
+        part_blocks = 0 if self._kept is None else part_bytes // tensor.shape.block_bytes
+        before = tensor.cached_blocks
+        tensor.cached_blocks = ALL_BLOCKS if path is Path.CACHED else part_blocks
+        if tensor.cached_blocks < before:
+            self._forget_cached(tensor, tensor.cached_blocks)
 
     def _tidy(self) -> None:
         """Drop what the page cache holds of the region beside the blocks of tensors on the page-cache path.
@@ -255,9 +261,10 @@ class KVStore:
                 drop(self._cached_fd, at, start)
             at = stop
 
-    def _forget_cached(self, tensor: StoredTensor) -> None:
+    def _forget_cached(self, tensor: StoredTensor, first: int = 0) -> None:
+        """Have blocks leave memory, from a number on."""
         if self._kept is not None:
-            self._kept.drop(tensor)
+            self._kept.drop(tensor, first)
             return
         for start, stop in tensor.blocks.extents:  # a folio that only a part of is dropped stays
             drop(self._cached_fd, start // FOLIO_BYTES * FOLIO_BYTES, -(-stop // FOLIO_BYTES) * FOLIO_BYTES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from penstock.errors import KVError
 from penstock.kv.codec import Codec
 from penstock.kv.layout import BlockMap, BlockShape
 from penstock.kv.residency import KVTensor, Path
+
+ALL_BLOCKS = sys.maxsize
 
 
 def checksum(stored: NDArray[np.uint8]) -> int:
@@ -48,7 +51,8 @@ class StoredTensor:
 
     Attributes:
         tokens: rows there are.
-        path: how blocks are read and written.
+        cached_blocks: from the first one on, that stay in memory once they have been read, or in the page cache:
+            `ALL_BLOCKS` of a tensor on the cached path.
         tail: rows that are in no block yet, [rows of a block, row_bytes]; the first `tail_rows` count.
         checksums: of each whole block.
         writing: whole blocks that are not on the device yet.
@@ -61,11 +65,16 @@ class StoredTensor:
         self.blocks = blocks
         self.codec = codec
         self.tokens = 0
-        self.path = Path.DIRECT
+        self.cached_blocks = 0
         self.tail = np.zeros((shape.rows, shape.row_bytes), np.uint8)
         self.checksums: list[int] = []
         self.writing: set[int] = set()
         self.error: KVError | None = None
+
+    @property
+    def path(self) -> Path:
+        """How blocks are read."""
+        return Path.CACHED if self.cached_blocks == ALL_BLOCKS else Path.DIRECT
 
     @property
     def whole_blocks(self) -> int:
