@@ -182,7 +182,7 @@ def test_what_is_kept_is_not_read_again(make_store: MakeStore, engine: Engine) -
     store._kept._memory.drop(run.offset + 8 * KiB, run.offset + 12 * KiB)
     assert read_bytes() == 64 * KiB  # the block
     assert store.statistics().pipeline.taken_back_bytes == 64 * KiB
-    assert read_bytes() == 0
+    assert [read_bytes(), read_bytes()] == [64 * KiB, 0]  # memory is short where some was taken: not at once
     store.truncate(KEYS, 16)
     store.append(KEYS, rows[16:64])
     assert [read_bytes(), read_bytes()] == [192 * KiB, 0]

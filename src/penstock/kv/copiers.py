@@ -133,7 +133,13 @@ class Copiers:
         landed = None if chunk.memory is None else np.frombuffer(chunk.memory.memory, np.uint8)
         try:
             trouble = self._delivery.deliver(
-                fetch.tensor, chunk.run, fetch.target, landed, number, lambda: not fetch.is_cancelled
+                fetch.tensor,
+                chunk.run,
+                fetch.target,
+                landed,
+                number,
+                lambda: not fetch.is_cancelled,
+                keeps=not chunk.was_taken,
             )
         except BaseException as error:  # noqa: BLE001 — the target's
             fetch.error = fetch.error or error

@@ -89,6 +89,8 @@ class Delivery:
         landed: NDArray[np.uint8] | None,
         thread: int,
         is_wanted: Callable[[], bool],
+        *,
+        keeps: bool = True,
     ) -> KVError | None:
         """Verify and copy: what the device gave at once, what is in the page cache as much at a time as memory takes.
 
@@ -99,6 +101,7 @@ class Delivery:
             landed: what the device gave; None: they are to be read through the page cache.
             thread: number of the one that calls.
             is_wanted: asked before each copy; the rest is left where it is not.
+            keeps: what the device gave stays in memory, if the tensor is to be there.
 
         Returns:
             What is wrong with the blocks. What the target raises is raised.
@@ -109,7 +112,7 @@ class Delivery:
                 return None
             stored = landed[: (run.last - run.first) * block_bytes]
             trouble = self._hand_on(tensor, run, stored, target)
-            if trouble is None and self._kept is not None:
+            if trouble is None and keeps and self._kept is not None:
                 last = min(run.last, tensor.cached_blocks)
                 if run.first < last:
                     part = Run(run.first, last, run.offset)

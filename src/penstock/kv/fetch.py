@@ -57,13 +57,19 @@ class Fetch:
 
 @dataclass(slots=True)
 class Chunk:
-    """Some blocks of a fetch. Those that come from the device have a buffer while they are under way."""
+    """Some blocks of a fetch. Those that come from the device have a buffer while they are under way.
+
+    Attributes:
+        is_again: it failed once.
+        was_taken: the kernel has just taken the memory it had: it is short, and gets no more before the next fetch.
+    """
 
     fetch: Fetch
     run: Run
     source: Source = Source.DEVICE
     memory: Block | None = None
     is_again: bool = False
+    was_taken: bool = False
 
     @property
     def size_bytes(self) -> int:

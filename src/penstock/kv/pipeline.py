@@ -389,7 +389,10 @@ class Pipeline:
         assert self._kept is not None
         self._kept.forget_lost(chunk.fetch.tensor, chunk.run)
         instead = list(self._cut_kept(chunk.fetch, chunk.run, self._kept))
-        self._taken_back_bytes += sum(part.size_bytes for part in instead if part.source is Source.DEVICE)
+        for part in instead:
+            if part.source is Source.DEVICE:
+                part.was_taken = True
+                self._taken_back_bytes += part.size_bytes
         self._do_instead(chunk, instead)
 
     def _do_instead(self, chunk: Chunk, instead: list[Chunk]) -> None:
