@@ -75,7 +75,7 @@ def test_what_is_left_of_memory_holds_a_part_of_one_more(tmp_path: Path) -> None
         assert cache.statistics().store.pipeline.direct_bytes - before_bytes == 14 * MiB
         (part,) = (decision for decision in cache.plan.decisions.values() if 0 < decision.cached_bytes < 4 * MiB)
         assert part.path is Residence.DIRECT
-        assert str(part).endswith("has 2.0 MiB left after those before it in the ranking, which its first blocks take")
+        assert str(part).endswith("left after those before it in the ranking; its first blocks take 2.0 MiB of that")
 
 
 def test_memory_that_comes_and_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

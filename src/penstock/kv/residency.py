@@ -138,7 +138,7 @@ def plan(sizes: Mapping[KVTensor, int], budget_bytes: int, ranking: Ranking = sp
     left_bytes = budget_bytes - cached_bytes
     if in_part and too_large and left_bytes > 0:
         whole = decisions[too_large[0]]
-        reason = f"{whole.reason}, which its first blocks take"
+        reason = f"{whole.reason}; its first blocks take {format_size(left_bytes)} of that"
         decisions[whole.tensor] = replace(whole, cached_bytes=left_bytes, reason=reason)
         cached_bytes = budget_bytes
     return Plan(budget_bytes, cached_bytes, {tensor: decisions[tensor] for tensor in sorted(decisions)})
