@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -13,18 +14,43 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from penstock.linux.reclaimable import PAGE_BYTES, Kept, ReclaimableMemory
+from penstock.linux import reclaimable
+from penstock.linux.reclaimable import PAGE_BYTES, ReclaimableMemory
 from penstock.units import KiB, MiB
 
 PART_BYTES = 64 * KiB
+
+NO_PAGEMAP = "/nowhere/pagemap"
+
+
+@pytest.fixture(autouse=True, params=["page table", "words"])
+def pagemap(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Tells what is there; without it, the words of the pages do."""
+    if request.param == "words":
+        monkeypatch.setattr(reclaimable, "_PAGEMAP", NO_PAGEMAP)
+    return reclaimable._PAGEMAP
 
 
 def bytes_of(size_bytes: int, seed: int = 0) -> NDArray[np.uint8]:
     return np.random.default_rng(seed).integers(0, 256, size_bytes, np.uint8)
 
 
-def put(memory: ReclaimableMemory, start: int, data: NDArray[np.uint8]) -> list[Kept]:
-    return memory.put(start, data, PART_BYTES, (0, memory.size_bytes))
+def put(memory: ReclaimableMemory, start: int, data: NDArray[np.uint8]) -> range:
+    """Returns where each part begins."""
+    memory.put(start, data, (0, memory.size_bytes))
+    return range(start, start + len(data), PART_BYTES)
+
+
+def is_there(memory: ReclaimableMemory, parts: range) -> bool:
+    return memory.is_there(parts.start, parts.stop)
+
+
+def seems_to_be_there(memory: ReclaimableMemory, parts: range) -> bool:
+    return memory.seems_to_be_there(parts.start, parts.stop, PART_BYTES)
+
+
+def which_are_there(memory: ReclaimableMemory, parts: range) -> list[bool]:
+    return [memory.is_there(start, start + PART_BYTES) for start in parts]
 
 
 @pytest.mark.parametrize("start", [0, 4 * KiB, 2 * MiB - 64 * KiB])
@@ -32,12 +58,9 @@ def put(memory: ReclaimableMemory, start: int, data: NDArray[np.uint8]) -> list[
 def test_what_is_put_is_there(start: int, within: tuple[int, int]) -> None:
     memory = ReclaimableMemory(8 * MiB)
     data = bytes_of(3 * MiB)
-    kept = memory.put(start, data, PART_BYTES, within)
-    assert [(part.start, part.stop) for part in kept] == [
-        (start + at, start + at + PART_BYTES) for at in range(0, len(data), PART_BYTES)
-    ]
-    assert memory.are_there(kept)
-    assert memory.seem_to_be_there(kept)
+    memory.put(start, data, within)
+    assert memory.is_there(start, start + len(data))
+    assert memory.seems_to_be_there(start, start + len(data), PART_BYTES)
     assert np.array_equal(memory.view(start, start + len(data)), data)
 
 
@@ -45,21 +68,56 @@ def test_what_is_put_is_there(start: int, within: tuple[int, int]) -> None:
 def test_a_page_that_is_gone_is_missed(page: int) -> None:
     memory = ReclaimableMemory(8 * MiB)
     kept = put(memory, 1 * MiB, bytes_of(1 * MiB))
-    at = kept[3].start + page * PAGE_BYTES
+    at = kept[3] + page * PAGE_BYTES
     memory.drop(at, at + PAGE_BYTES)
-    assert not memory.are_there(kept)
-    assert [memory.are_there([part]) for part in kept] == [number != 3 for number in range(len(kept))]
-    assert memory.seem_to_be_there(kept) == (page != 0)
-    assert memory.are_there(put(memory, 1 * MiB, bytes_of(1 * MiB)))
+    assert not is_there(memory, kept)
+    assert which_are_there(memory, kept) == [number != 3 for number in range(len(kept))]
+    assert seems_to_be_there(memory, kept) == (page != 0)
+    assert is_there(memory, put(memory, 1 * MiB, bytes_of(1 * MiB)))
+
+
+def test_a_page_that_is_gone_and_was_read_is_missed() -> None:
+    memory = ReclaimableMemory(8 * MiB)
+    for start in (0, 3 * MiB):  # of a huge page, and of one that something else lies in
+        kept = put(memory, start, bytes_of(2 * MiB))
+        memory.drop(start + 1 * MiB, start + 2 * MiB)
+        assert not memory.view(start + 1 * MiB, start + 2 * MiB).any()
+        assert which_are_there(memory, kept) == [True] * 16 + [False] * 16
+
+
+def test_what_is_there_need_not_be_touched(pagemap: str) -> None:
+    memory = ReclaimableMemory(8 * MiB)
+    kept = put(memory, 0, bytes_of(1 * MiB))
+    memory.view(0, 1 * MiB)[:] = 0  # the pages are there, and their words are not
+    assert is_there(memory, kept) == (pagemap != NO_PAGEMAP)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # the child does nothing that needs a thread
+def test_what_a_forked_process_shares_is_there() -> None:
+    memory = ReclaimableMemory(8 * MiB)
+    kept = put(memory, 0, bytes_of(1 * MiB))
+    told, tell = os.pipe()
+    child = os.fork()
+    if not child:
+        os.read(told, 1)
+        os._exit(0)
+    try:
+        assert is_there(memory, kept)
+    finally:
+        os.write(tell, b".")
+        os.waitpid(child, 0)
+        os.close(told)
+        os.close(tell)
+    assert is_there(memory, kept)
 
 
 def test_what_lies_behind_the_end_is_left_alone() -> None:
     memory = ReclaimableMemory(2 * MiB)
     kept = put(memory, 0, bytes_of(2 * MiB))
     memory.drop(2 * MiB, 1 << 40)
-    assert memory.are_there(kept)
+    assert is_there(memory, kept)
     memory.drop(1 * MiB, 1 << 40)
-    assert [memory.are_there([part]) for part in kept] == [True] * 16 + [False] * 16
+    assert which_are_there(memory, kept) == [True] * 16 + [False] * 16
 
 
 def test_pages_that_begin_with_zeros() -> None:
@@ -69,7 +127,7 @@ def test_pages_that_begin_with_zeros() -> None:
     data[2 * PART_BYTES :] = bytes_of(2 * PART_BYTES)
     data[3 * PART_BYTES : 3 * PART_BYTES + 9] = 0
     kept = put(memory, 0, data)
-    assert memory.are_there(kept)
+    assert is_there(memory, kept)
     for start, missed in [
         (0, False),  # zeros are right even when they are gone
         (PART_BYTES + 4 * PAGE_BYTES, False),
@@ -79,14 +137,14 @@ def test_pages_that_begin_with_zeros() -> None:
     ]:
         kept = put(memory, 0, data)
         memory.drop(start, start + PAGE_BYTES)
-        assert memory.are_there(kept) != missed
+        assert is_there(memory, kept) != missed
         assert np.array_equal(memory.view(0, len(data)), data) != missed
 
 
 def test_several_put_side_by_side() -> None:
     memory = ReclaimableMemory(32 * MiB)
     data = bytes_of(30 * MiB)
-    kept: dict[int, list[Kept]] = {}
+    kept: dict[int, range] = {}
 
     def work(first: int) -> None:
         for start in range(first * 192 * KiB, len(data), 4 * 192 * KiB):  # huge pages are several threads'
@@ -98,7 +156,7 @@ def test_several_put_side_by_side() -> None:
     for thread in threads:
         thread.join()
     assert memory._being_put == []
-    assert all(map(memory.are_there, kept.values()))
+    assert all(is_there(memory, parts) for parts in kept.values())
     assert np.array_equal(memory.view(0, len(data)), data)
 
 
@@ -106,40 +164,41 @@ SQUEEZED = """
 import json, sys
 from pathlib import Path
 import numpy as np
+from penstock.linux import reclaimable
 from penstock.linux.memory import read_memory
-from penstock.linux.reclaimable import ReclaimableMemory
 
+reclaimable._PAGEMAP = sys.argv[3]
 size_bytes, part_bytes = 256 << 20, 1 << 20
-memory = ReclaimableMemory(size_bytes)
+memory = reclaimable.ReclaimableMemory(size_bytes)
 data = np.random.default_rng(0).integers(0, 256, 4 << 20, np.uint8)
-kept = []
+parts = range(0, size_bytes, part_bytes)
 for start in range(0, size_bytes, len(data)):
-    kept += memory.put(start, data, part_bytes, (0, size_bytes))
+    memory.put(start, data, (0, size_bytes))
 before = read_memory()
-told = {"all": memory.are_there(kept), "reclaimable": before.file_bytes, "headroom": before.headroom_bytes}
+told = {"all": memory.is_there(0, size_bytes), "reclaimable": before.file_bytes, "headroom": before.headroom_bytes}
 if sys.argv[1] == "limit":
     Path(sys.argv[2]).write_text(str(160 << 20))
 else:
     other = np.ones(192 << 20, np.uint8)
-found = [memory.are_there([part]) for part in kept]
+found = [memory.is_there(part, part + part_bytes) for part in parts]
 wrong = 0
-for number, part in enumerate(kept):
-    copy = memory.view(part.start, part.stop).copy()
-    at = part.start % len(data)
-    if memory.are_there([part]) and not np.array_equal(copy, data[at : at + part_bytes]):
+for part in parts:
+    copy = memory.view(part, part + part_bytes).copy()
+    at = part % len(data)
+    if memory.is_there(part, part + part_bytes) and not np.array_equal(copy, data[at : at + part_bytes]):
         wrong += 1
-told |= {"found": sum(found), "parts": len(kept), "wrong": wrong}
+told |= {"found": sum(found), "parts": len(parts), "wrong": wrong}
 print(json.dumps(told))
 """
 
 
 @pytest.mark.root
 @pytest.mark.parametrize("how", ["limit", "others"])
-def test_the_kernel_takes_it_back(make_memory_cgroup: Callable[[int], Path], how: str) -> None:
+def test_the_kernel_takes_it_back(make_memory_cgroup: Callable[[int], Path], how: str, pagemap: str) -> None:
     cgroup = make_memory_cgroup(384 * MiB)
     limit = next(path for name in ("memory.limit_in_bytes", "memory.max") if (path := cgroup / name).exists())
     done = subprocess.run(
-        [sys.executable, "-c", SQUEEZED, how, str(limit)],
+        [sys.executable, "-c", SQUEEZED, how, str(limit), pagemap],
         capture_output=True,
         text=True,
         check=False,

@@ -6,15 +6,19 @@ back is read from the device again.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterator
-from itertools import groupby
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from penstock.kv.residency import KVTensor
 from penstock.kv.tensor import Run, StoredTensor
-from penstock.linux.reclaimable import Kept, ReclaimableMemory
+from penstock.linux.reclaimable import ReclaimableMemory
+
+_NOTHING: NDArray[np.int64] = np.zeros(0, np.int64)
 
 
 class KeptBlocks:
@@ -32,92 +36,123 @@ class KeptBlocks:
 
     def __init__(self, size_bytes: int) -> None:
         self._memory = ReclaimableMemory(size_bytes)
-        self._kept: dict[int, Kept] = {}  # by the offset of the block
-        self._lock = threading.Lock()  # for changes of it
-        self._drops = 0
+        self._puts_of: dict[KVTensor, NDArray[np.int64]] = {}  # [blocks]: the one that has put it there; 0: none has
+        self._lock = threading.Lock()  # for changes of these
+        self._puts = self._drops = 0
         self.refused = ""
+
+    @property
+    def blocks(self) -> int:
+        """That are kept, as far as is known."""
+        with self._lock:
+            return sum(int(np.count_nonzero(puts)) for puts in self._puts_of.values())
+
+    def holds(self, tensor: StoredTensor, number: int) -> bool:
+        """A block has been kept; none has a number below 0."""
+        return number >= 0 and bool(self._puts_in(tensor, Run(number, number + 1, 0)).all())
 
     def cut(self, tensor: StoredTensor, run: Run) -> Iterator[tuple[bool, Run]]:
         """A run in parts, of which all blocks have been kept, or none."""
-        block_bytes = tensor.shape.block_bytes
-
-        def offset(number: int) -> int:
-            return run.offset + (number - run.first) * block_bytes
-
-        for is_kept, group in groupby(range(run.first, run.last), lambda number: offset(number) in self._kept):
-            numbers = list(group)
-            yield is_kept, Run(numbers[0], numbers[-1] + 1, offset(numbers[0]))
+        is_kept = self._puts_in(tensor, run) != 0
+        edges = [0, *(np.flatnonzero(np.diff(is_kept)) + 1).tolist(), len(is_kept)]
+        for low, high in itertools.pairwise(edges):
+            offset = run.offset + low * tensor.shape.block_bytes
+            yield bool(is_kept[low]), Run(run.first + low, run.first + high, offset)
 
     def put(self, tensor: StoredTensor, run: Run, stored: NDArray[np.uint8]) -> None:
         """Keep blocks that have been verified, [bytes], if they can be. No two threads put the same ones."""
         self.forget(tensor, run)
-        if self.refused or run.offset + len(stored) > self._memory.size_bytes:  # the file system has grown since
+        stop = run.offset + len(stored)
+        if self.refused or stop > self._memory.size_bytes:  # the file system has grown since
             return
         drops = self._drops
         within = next(extent for extent in tensor.blocks.extents if extent[0] <= run.offset < extent[1])
         try:
-            blocks = self._memory.put(run.offset, stored, tensor.shape.block_bytes, within)
+            self._memory.put(run.offset, stored, within)
         except OSError as error:
             self.refused = f"the kernel takes no memory back any more ({error.strerror}; does the process lock it?)"
             return
         with self._lock:
             if drops == self._drops:
-                self._kept.update((block.start, block) for block in blocks)
+                self._puts += 1
+                self._set(tensor, run, self._puts)
             else:  # perhaps of these, while they were copied
-                self._memory.drop(run.offset, run.offset + len(stored))
+                self._memory.drop(run.offset, stop)
 
     def look(self, tensor: StoredTensor, run: Run) -> Look | None:
         """At blocks that are to be copied; None if one of them is known not to be there."""
+        puts = self._puts_in(tensor, run)
         block_bytes = tensor.shape.block_bytes
-        stop = run.offset + (run.last - run.first) * block_bytes
-        try:
-            kept = [self._kept[offset] for offset in range(run.offset, stop, block_bytes)]
-        except KeyError:
+        stop = run.offset + len(puts) * block_bytes
+        if not puts.all() or not self._memory.seems_to_be_there(run.offset, stop, block_bytes):
             return None
-        return Look(self, kept, self._memory.view(run.offset, stop)) if self._memory.seem_to_be_there(kept) else None
+        return Look(self, tensor, run, puts, self._memory.view(run.offset, stop))
 
-    def are_right(self, kept: list[Kept]) -> bool:
-        """Blocks that lie side by side are still what was kept there."""
-        return self._memory.are_there(kept) and all(self._kept.get(block.start) is block for block in kept)
+    def is_right(self, look: Look) -> bool:
+        """Blocks are still what was there when they were looked at."""
+        start = look.run.offset
+        return self._memory.is_there(start, start + len(look.stored)) and np.array_equal(
+            self._puts_in(look.tensor, look.run), look.puts
+        )
 
     def forget_lost(self, tensor: StoredTensor, run: Run) -> None:
         """Know of blocks that have been taken back that they are not there."""
-        for number in range(run.last - run.first):
-            kept = self._kept.get(run.offset + number * tensor.shape.block_bytes)
-            if kept is not None and not self._memory.are_there([kept]):
-                self._kept.pop(kept.start, None)
+        block_bytes = tensor.shape.block_bytes
+        for number in range(run.first, run.last):
+            start = run.offset + (number - run.first) * block_bytes
+            if not self._memory.is_there(start, start + block_bytes):
+                self.forget(tensor, Run(number, number + 1, start))
 
     def forget(self, tensor: StoredTensor, run: Run) -> None:
         """Blocks are going to be something else."""
-        for number in range(run.last - run.first):
-            self._kept.pop(run.offset + number * tensor.shape.block_bytes, None)
+        with self._lock:
+            self._set(tensor, run, 0)
 
     def drop(self, tensor: StoredTensor, first: int = 0) -> None:
         """Give back all memory that a tensor's blocks have, from a number on."""
-        block_bytes = tensor.shape.block_bytes
-        skipped_bytes = first * block_bytes
+        skipped_bytes = first * tensor.shape.block_bytes
         with self._lock:
             self._drops += 1
+            if tensor.name in self._puts_of:
+                self._puts_of[tensor.name] = self._puts_of[tensor.name][:first]
             for extent_start, stop in tensor.blocks.extents:
                 start = min(extent_start + skipped_bytes, stop)
                 skipped_bytes -= start - extent_start
-                for offset in range(start, stop, block_bytes):
-                    self._kept.pop(offset, None)
                 self._memory.drop(start, stop)
 
+    def _puts_in(self, tensor: StoredTensor, run: Run) -> NDArray[np.int64]:
+        """Of each block of a run, [blocks], as it is now."""
+        known = self._puts_of.get(tensor.name, _NOTHING)[run.first : run.last]
+        puts = np.zeros(run.last - run.first, np.int64)
+        puts[: len(known)] = known
+        return puts
 
+    def _set(self, tensor: StoredTensor, run: Run, put: int) -> None:
+        puts = self._puts_of.get(tensor.name, _NOTHING)
+        if len(puts) < run.last:
+            if not put:
+                puts[run.first :] = 0
+                return
+            puts = self._puts_of[tensor.name] = np.pad(puts, (0, max(run.last, 2 * len(puts)) - len(puts)))
+        puts[run.first : run.last] = put
+
+
+@dataclass(frozen=True, slots=True)
 class Look:
     """Blocks in memory that may go while they are copied.
 
     Attributes:
-        stored: the blocks, [bytes], as they are at the moment.
+        run: which ones, of which tensor.
+        puts: that have put them there, [blocks].
+        stored: they themselves, [bytes], as they are at the moment.
     """
 
-    def __init__(self, blocks: KeptBlocks, kept: list[Kept], stored: NDArray[np.uint8]) -> None:
-        self._blocks = blocks
-        self._kept = kept
-        self.stored = stored
+    blocks: KeptBlocks
+    tensor: StoredTensor
+    run: Run
+    puts: NDArray[np.int64]
+    stored: NDArray[np.uint8]
 
     def was_right(self) -> bool:
         """What has been copied by now is what was kept."""
-        return self._blocks.are_right(self._kept)
+        return self.blocks.is_right(self)

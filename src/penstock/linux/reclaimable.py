@@ -11,10 +11,13 @@ Facts:
   then on. So an address may be written to only when something is put there.
 - khugepaged makes a huge page of what is left of one, and that is ordinary memory; MADV_NOHUGEPAGE keeps it away, and
   leaves the huge pages that there are.
+- What a read finds in the place of a page that was taken is the kernel's page of zeros. /proc/PID/pagemap shows a
+  process's own pages as present and mapped by nobody else (bit 56, Linux 4.2), and that one not. Own pages may look
+  otherwise for a while: when they are moved, or after a fork.
 
-So a word that is not zero is noted of every page. When a copy has been made of a page and its word is there
-afterwards, the page had not been taken by then, and the copy is right. That needs no more than what madvise(2)
-promises, whatever else has been put in a page's place.
+So a copy is right if the pages that it was made of are the process's own afterwards. If that cannot be told, their
+contents do: a word that is not zero is noted of every page, and is there as long as the page is. That needs no more
+than what madvise(2) promises, but all pages have to be touched once more.
 """
 
 from __future__ import annotations
@@ -23,9 +26,8 @@ import contextlib
 import ctypes
 import mmap
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,29 +36,17 @@ from penstock.linux.libc import function
 
 PAGE_BYTES = 4096  # or larger ones, of several of these
 _HUGE_PAGE_BYTES = 2 << 20
-_WORD_BYTES = 8
-_PAGE_WORDS = PAGE_BYTES // _WORD_BYTES
+_PAGE_WORDS = PAGE_BYTES // 8
+_NO_WORD = _PAGE_WORDS  # a page of zeros, which is right even when it has been taken
 _MADV_DONTNEED, _MADV_FREE, _MADV_HUGEPAGE, _MADV_NOHUGEPAGE, _MADV_DONTDUMP = 4, 8, 14, 15, 16
 _MAP_NORESERVE = 0x4000
 _PROT_NONE = 0
+_PRESENT, _SWAPPED, _OF_A_FILE, _MAPPED_ONCE = (np.uint64(1 << bit) for bit in (63, 62, 61, 56))  # in pagemap
+_KNOWN = _PRESENT | _SWAPPED | _OF_A_FILE | _MAPPED_ONCE
+_PAGEMAP = "/proc/self/pagemap"
 
 _madvise = function("madvise", [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int])  # mmap's keeps the interpreter lock
 _mprotect = function("mprotect", [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int])
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Kept:
-    """What was put somewhere, and how to tell whether it is still there.
-
-    Attributes:
-        start: first byte.
-        stop: byte after the last.
-        words: index of a word that is not zero, for each page that has one; None: the first word of every page.
-    """
-
-    start: int
-    stop: int
-    words: NDArray[np.int64] | None
 
 
 class ReclaimableMemory:
@@ -75,7 +65,8 @@ class ReclaimableMemory:
         memory = np.frombuffer(mmap.mmap(-1, self.size_bytes + _HUGE_PAGE_BYTES, flags=flags), np.uint8)
         skipped = -memory.ctypes.data % _HUGE_PAGE_BYTES
         self._memory = memory[skipped : skipped + self.size_bytes]
-        self._words = self._memory.view(np.uint64)
+        self._words = self._memory.view(np.uint64).reshape(-1, _PAGE_WORDS)
+        self._word_of_page = np.zeros(len(self._words), np.uint16)
         self._address = self._memory.ctypes.data
         self._lock = threading.Lock()
         self._being_put: list[tuple[int, int]] = []  # whole huge pages
@@ -83,24 +74,27 @@ class ReclaimableMemory:
         self._advise(0, self.size_bytes, _MADV_DONTDUMP)
         _mprotect(self._address, self.size_bytes, _PROT_NONE)
 
-    def put(self, start: int, data: NDArray[np.uint8], part_bytes: int, within: tuple[int, int]) -> list[Kept]:
+    def put(self, start: int, data: NDArray[np.uint8], within: tuple[int, int]) -> None:
         """Copy bytes there. Nobody may be putting or dropping the same ones.
 
         Args:
             start: a multiple of `PAGE_BYTES`.
-            data: [bytes], whole parts.
-            part_bytes: what is told apart, a multiple of `PAGE_BYTES`.
+            data: [bytes], whole pages of `PAGE_BYTES`.
             within: what else will be put around it: huge pages are made of that only.
 
         Raises:
             OSError: the process has locked its memory meanwhile; the kernel will not take these bytes.
         """
-        with self._putting(start, start + len(data), within):
-            np.copyto(self._memory[start : start + len(data)], data)
-        return [
-            Kept(start + at, start + at + part_bytes, _words_to_look_at(data[at : at + part_bytes], start + at))
-            for at in range(0, len(data), part_bytes)
-        ]
+        stop = start + len(data)
+        with self._putting(start, stop, within):
+            np.copyto(self._memory[start:stop], data)
+        noted = self._word_of_page[start // PAGE_BYTES : stop // PAGE_BYTES]
+        words = data.view(np.uint64).reshape(-1, _PAGE_WORDS)
+        if not words[:, 0].all():
+            is_set = words != 0
+            noted[:] = np.where(is_set.any(axis=1), is_set.argmax(axis=1), _NO_WORD)
+        elif noted.any():  # memory of what was never written to is not touched
+            noted[:] = 0
 
     @contextmanager
     def _putting(self, start: int, stop: int, within: tuple[int, int]) -> Iterator[None]:
@@ -130,18 +124,30 @@ class ReclaimableMemory:
         """The bytes as they are now."""
         return self._memory[start:stop]
 
-    def are_there(self, kept: Sequence[Kept]) -> bool:
-        """Nothing has been taken back so far of what lies side by side."""
-        if all(part.words is None for part in kept):
-            words = slice(kept[0].start // _WORD_BYTES, kept[-1].stop // _WORD_BYTES, _PAGE_WORDS)
-            return bool(self._words[words].all())
-        return all(
-            self.are_there([part]) if part.words is None else bool(self._words[part.words].all()) for part in kept
-        )
+    def is_there(self, start: int, stop: int) -> bool:
+        """Nothing of what was put into a range of pages has been taken back so far."""
+        return self._is_own(start, stop) or self._has_words(np.arange(start // PAGE_BYTES, stop // PAGE_BYTES))
 
-    def seem_to_be_there(self, kept: Sequence[Kept]) -> bool:
-        """The first page of each of them is; memory is taken back in long pieces."""
-        return all(bool(self._words[part.start // _WORD_BYTES]) for part in kept if part.words is None)
+    def seems_to_be_there(self, start: int, stop: int, step_bytes: int) -> bool:
+        """One page in so many bytes is; memory is taken back in long pieces."""
+        return self._has_words(np.arange(start // PAGE_BYTES, stop // PAGE_BYTES, step_bytes // PAGE_BYTES))
+
+    def _is_own(self, start: int, stop: int) -> bool:
+        """All pages of a range are the process's own; also False if nobody says so."""
+        first = (self._address + start) // mmap.PAGESIZE
+        entries = np.empty(-(-(self._address + stop) // mmap.PAGESIZE) - first, np.uint64)
+        try:
+            with open(_PAGEMAP, "rb", buffering=0) as pagemap:
+                pagemap.seek(first * entries.itemsize)
+                got = pagemap.readinto(entries.data)
+        except OSError:
+            return False
+        return got == entries.nbytes and bool((entries & _KNOWN == _PRESENT | _MAPPED_ONCE).all())
+
+    def _has_words(self, pages: NDArray[np.int64]) -> bool:
+        noted = self._word_of_page[pages]
+        is_zeros = noted == _NO_WORD
+        return bool(((self._words[pages, np.where(is_zeros, 0, noted)] != 0) | is_zeros).all())
 
     def drop(self, start: int, stop: int) -> None:
         """Give memory back: all whole pages of a range; what lies behind the end is nobody's. Locked memory stays."""
@@ -156,13 +162,3 @@ class ReclaimableMemory:
     def _try_to_advise(self, start: int, stop: int, advice: int) -> None:
         with contextlib.suppress(OSError):  # a kernel without huge pages, a process with locked memory
             self._advise(start, stop, advice)
-
-
-def _words_to_look_at(data: NDArray[np.uint8], start: int) -> NDArray[np.int64] | None:
-    words = data.view(np.uint64).reshape(-1, _PAGE_WORDS)
-    if words[:, 0].all():
-        return None
-    is_set = words != 0
-    pages = np.flatnonzero(is_set.any(axis=1))  # a page of zeros is right even when it has been taken
-    found: NDArray[np.int64] = pages * _PAGE_WORDS + is_set[pages].argmax(axis=1) + start // _WORD_BYTES
-    return found
