@@ -7,7 +7,6 @@ import errno
 import os
 import threading
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +21,6 @@ from penstock.kv.kept import KeptBlocks
 from penstock.kv.residency import KVTensor, Path
 from penstock.kv.store import KVStore, RowsTarget
 from penstock.linux import pagecache
-from penstock.linux.reclaimable import Kept
 from penstock.storage.base import Engine
 from penstock.storage.threads import ThreadEngine
 from penstock.testing.faults import FaultyEngine
@@ -163,7 +161,7 @@ def test_a_tensor_that_moves_is_not_written_again(make_store: MakeStore, engine:
 def test_what_is_kept_is_not_read_again(make_store: MakeStore, engine: Engine) -> None:
     store = make_store(engine, is_kept=True)
     store.add(KEYS, 4096)
-    rows = rows_of(2048 + 3, 4096)
+    rows = rows_of(2048 + 19, 4096)
     store.append(KEYS, rows[:2048])
 
     def read_bytes() -> int:
@@ -175,8 +173,11 @@ def test_what_is_kept_is_not_read_again(make_store: MakeStore, engine: Engine) -
     assert [read_bytes(), read_bytes()] == [8 * MiB, 8 * MiB]
     store.move(KEYS, Path.CACHED)
     assert [read_bytes(), read_bytes(), read_bytes()] == [8 * MiB, 0, 0]
-    store.append(KEYS, rows[2048:])  # into the tail
+    store.append(KEYS, rows[2048:2050])  # into the tail
     assert read_bytes() == 0
+    for row in range(2050, 2067):  # a block is full on the way
+        store.append(KEYS, rows[row : row + 1])
+        assert read_bytes() == 0
     (run,) = store.tensors[KEYS].runs(40, 41, 64 * KiB)
     assert store._kept is not None
     store._kept._memory.drop(run.offset + 8 * KiB, run.offset + 12 * KiB)
@@ -280,19 +281,18 @@ def test_dropped_while_it_is_put(make_store: MakeStore, engine: Engine, monkeypa
     assert kept is not None
     put = kept._memory.put
 
-    def put_and_drop(start: int, data: NDArray[np.uint8], *rest: Any) -> list[Kept]:
-        blocks = put(start, data, *rest)
+    def put_and_drop(start: int, data: NDArray[np.uint8], within: tuple[int, int]) -> None:
+        put(start, data, within)
         store.move(KEYS, Path.DIRECT)  # it leaves memory, and is to be there again, before the first copy is over
         store.move(KEYS, Path.CACHED)
-        return blocks
 
     monkeypatch.setattr(kept._memory, "put", put_and_drop)
     assert np.array_equal(store.read(KEYS), rows)
-    assert not kept._kept
+    assert not kept.blocks
     monkeypatch.undo()
     for _ in range(2):
         assert np.array_equal(store.read(KEYS), rows)
-    assert len(kept._kept) == 4
+    assert kept.blocks == 4
 
 
 def test_what_lies_behind_all_memory_is_not_kept(make_store: MakeStore, engine: Engine) -> None:

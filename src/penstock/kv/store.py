@@ -151,13 +151,22 @@ class KVStore:
             else:
                 tensor.tail[filled : filled + taken] = rows[:taken]
                 if filled + taken == shape.rows:
-                    self._write(tensor, tensor.tail)
+                    self._write(tensor, tensor.tail, joins=True)
                 else:
                     tensor.tokens += taken
             rows = rows[taken:]
 
-    def _write(self, tensor: StoredTensor, rows: NDArray[np.uint8]) -> int:
-        """Begin to write whole blocks of rows, as many as go at once, behind those of a tensor; returns their rows."""
+    def _write(self, tensor: StoredTensor, rows: NDArray[np.uint8], *, joins: bool = False) -> int:
+        """Begin to write whole blocks of rows, as many as go at once, behind those of a tensor.
+
+        Args:
+            tensor: whose rows.
+            rows: [rows, row_bytes], of a block at least.
+            joins: the block is to be in memory at once if the one before it is.
+
+        Returns:
+            How many rows these were.
+        """
         shape, first = tensor.shape, tensor.whole_blocks
         run = next(tensor.runs(first, first + len(rows) // shape.rows, self._pool.statistics().block_bytes))
         if tensor.writing & set(range(run.first, run.last)):  # cut off while they were still being written
@@ -171,6 +180,8 @@ class KVStore:
             block_rows = rows[number * shape.rows : (number + 1) * shape.rows]
             tensor.codec.encode(np.ascontiguousarray(block_rows).reshape(-1), stored)
             tensor.checksums.append(checksum(stored))
+        if joins and self._kept is not None and first < tensor.cached_blocks and self._kept.holds(tensor, first - 1):
+            self._kept.put(tensor, run, memory[: (run.last - run.first) * shape.block_bytes])
         self._pipeline.write(tensor, run, buffer)
         written = (run.last - run.first) * shape.rows
         tensor.tokens = run.last * shape.rows
