@@ -288,11 +288,11 @@ def test_dropped_while_it_is_put(make_store: MakeStore, engine: Engine, monkeypa
 
     monkeypatch.setattr(kept._memory, "put", put_and_drop)
     assert np.array_equal(store.read(KEYS), rows)
-    assert not kept.blocks
+    assert not kept.count()
     monkeypatch.undo()
     for _ in range(2):
         assert np.array_equal(store.read(KEYS), rows)
-    assert kept.blocks == 4
+    assert kept.count() == 4
 
 
 def test_what_lies_behind_all_memory_is_not_kept(make_store: MakeStore, engine: Engine) -> None:

@@ -41,9 +41,8 @@ class KeptBlocks:
         self._puts = self._drops = 0
         self.refused = ""
 
-    @property
-    def blocks(self) -> int:
-        """That are kept, as far as is known."""
+    def count(self) -> int:
+        """Blocks that are kept, as far as is known."""
         with self._lock:
             return sum(int(np.count_nonzero(puts)) for puts in self._puts_of.values())
 
