@@ -15,6 +15,7 @@ from tests.decoding import decode, prompt, talk  # noqa: E402
 
 from penstock.adapters.transformers import NVMeCache, from_pretrained  # noqa: E402
 from penstock.kv import layout  # noqa: E402
+from penstock.linux.process import memory_bytes  # noqa: E402
 from penstock.testing.checkpoint import generate_checkpoint  # noqa: E402
 from penstock.testing.models import MODELS, make_model, taking  # noqa: E402
 from penstock.testing.shapes import PRESETS  # noqa: E402
@@ -95,16 +96,15 @@ def test_nothing_is_left(tmp_path: Path) -> None:
                 cache.update(states, states, layer)
             cache.update(states[:, :, :1], states[:, :, :1], 0)
 
-    def anonymous_kb() -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
+    def anonymous_bytes() -> int:
+        return memory_bytes(os.getpid())["RssAnon"]
 
     use()
     torch.cuda.synchronize()
-    before_kb, fds = anonymous_kb(), len(os.listdir("/proc/self/fd"))
+    before_bytes, fds = anonymous_bytes(), len(os.listdir("/proc/self/fd"))
     for _ in range(10):
         use()
-    assert anonymous_kb() - before_kb < 64 << 10
+    assert anonymous_bytes() - before_bytes < 64 * MiB
     assert len(os.listdir("/proc/self/fd")) == fds
 
 
