@@ -53,6 +53,9 @@ class KeptBlocks:
     def cut(self, tensor: StoredTensor, run: Run) -> Iterator[tuple[bool, Run]]:
         """A run in parts, of which all blocks have been kept, or none."""
         is_kept = self._puts_in(tensor, run) != 0
+        if is_kept.all():
+            yield True, run
+            return
         edges = [0, *(np.flatnonzero(np.diff(is_kept)) + 1).tolist(), len(is_kept)]
         for low, high in itertools.pairwise(edges):
             offset = run.offset + low * tensor.shape.block_bytes

@@ -11,9 +11,6 @@ from __future__ import annotations
 import errno
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
 from penstock.kv.codec import RAW, Codec
 from penstock.storage.allocator import Allocator
 from penstock.storage.base import BLOCK_BYTES
@@ -80,21 +77,19 @@ class BlockMap:
     def __init__(self, allocator: Allocator, block_bytes: int, reserve_blocks: int = 0) -> None:
         self._allocator = allocator
         self._block_bytes = block_bytes
-        self._starts = np.zeros(0, np.int64)  # [extents], bytes in the region
-        self._firsts = np.zeros(1, np.int64)  # [extents + 1], number of the extent's first block; the last is the end
+        self._extents: tuple[tuple[int, int], ...] = ()
         if reserve_blocks:
             self._add(reserve_blocks)
 
     @property
     def blocks(self) -> int:
         """That there is room for."""
-        return int(self._firsts[-1])
+        return sum(stop - start for start, stop in self._extents) // self._block_bytes
 
     @property
-    def extents(self) -> list[tuple[int, int]]:
+    def extents(self) -> tuple[tuple[int, int], ...]:
         """Each as ``[start, stop)``, bytes in the region, in the order of the blocks. Another thread may add some."""
-        sizes = (np.diff(self._firsts) * self._block_bytes).tolist()
-        return [(start, start + size) for start, size in zip(self._starts.tolist(), sizes, strict=False)]
+        return self._extents
 
     def grow(self, blocks: int) -> None:
         """Have room for that many blocks. What is there stays where it is.
@@ -102,14 +97,14 @@ class BlockMap:
         Raises:
             OSError: ENOSPC; then the map is as it was.
         """
-        before = self._starts, self._firsts
+        before = self._extents
         try:
             while self.blocks < blocks:
                 self._add_some(blocks - self.blocks)
         except OSError:
-            for start in self._starts[len(before[0]) :].tolist():
+            for start, _ in self._extents[len(before) :]:
                 self._allocator.free(start)
-            self._starts, self._firsts = before
+            self._extents = before
             raise
 
     def _add_some(self, needed: int) -> None:
@@ -130,23 +125,36 @@ class BlockMap:
         size_bytes = blocks * self._block_bytes
         alignment_bytes = FOLIO_BYTES if size_bytes >= _ALIGNED_BYTES else BLOCK_BYTES
         start, _ = self._allocator.allocate(size_bytes, alignment_bytes)
-        self._starts = np.append(self._starts, start)
-        self._firsts = np.append(self._firsts, self._firsts[-1] + blocks)
+        self._extents = (*self._extents, (start, start + size_bytes))
 
-    def offsets(self, first: int, last: int) -> NDArray[np.int64]:
-        """Of the blocks ``[first, last)``, bytes in the region.
+    def pieces(self, first: int, last: int) -> list[tuple[int, int, int]]:
+        """The blocks ``[first, last)`` in as few pieces as they lie side by side in.
+
+        Returns:
+            Of each: number of its first block, of the block after its last, bytes in the region where it begins.
 
         Raises:
             IndexError: there are not so many.
         """
-        if not 0 <= first <= last <= self.blocks:
-            raise IndexError(f"blocks {first} to {last} of {self.blocks}")
-        numbers = np.arange(first, last)
-        extent = np.searchsorted(self._firsts, numbers, side="right") - 1
-        return self._starts[extent] + (numbers - self._firsts[extent]) * self._block_bytes
+        pieces: list[tuple[int, int, int]] = []
+        low = 0
+        for start, stop in self._extents:
+            high = low + (stop - start) // self._block_bytes
+            begin, end = max(first, low), min(last, high)
+            if begin < end:
+                offset = start + (begin - low) * self._block_bytes
+                before = pieces[-1] if pieces else (begin, begin, -1)
+                if offset == before[2] + (begin - before[0]) * self._block_bytes:
+                    pieces[-1] = before[0], end, before[2]
+                else:
+                    pieces.append((begin, end, offset))
+            low = high
+        if not 0 <= first <= last <= low:
+            raise IndexError(f"blocks {first} to {last} of {low}")
+        return pieces
 
     def free(self) -> None:
         """Give everything back; the map is empty then."""
-        for start in self._starts.tolist():
+        for start, _ in self._extents:
             self._allocator.free(start)
-        self._starts, self._firsts = np.zeros(0, np.int64), np.zeros(1, np.int64)
+        self._extents = ()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -93,13 +92,10 @@ class StoredTensor:
 
     def runs(self, first: int, last: int, most_bytes: int) -> Iterator[Run]:
         """The blocks ``[first, last)``, as many together as lie side by side and do not exceed a size."""
-        offsets = self.blocks.offsets(first, last)
         most = max(1, most_bytes // self.shape.block_bytes)
-        breaks = np.flatnonzero(np.diff(offsets) != self.shape.block_bytes) + 1
-        edges = [0, *breaks.tolist(), last - first] if last > first else []
-        for low, high in itertools.pairwise(edges):
+        for low, high, offset in self.blocks.pieces(first, last):
             for start in range(low, high, most):
-                yield Run(first + start, first + min(start + most, high), int(offsets[start]))
+                yield Run(start, min(start + most, high), offset + (start - low) * self.shape.block_bytes)
 
     def check(self) -> None:
         """Complain if it is lost."""
