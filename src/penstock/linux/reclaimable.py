@@ -11,13 +11,12 @@ Facts:
   then on. So an address may be written to only when something is put there.
 - khugepaged makes a huge page of what is left of one, and that is ordinary memory; MADV_NOHUGEPAGE keeps it away, and
   leaves the huge pages that there are.
-- What a read finds in the place of a page that was taken is the kernel's page of zeros. /proc/PID/pagemap shows a
-  process's own pages as present and mapped by nobody else (bit 56, Linux 4.2), and that one not. Own pages may look
-  otherwise for a while: when they are moved, or after a fork.
+- Who writes where a whole huge page was taken gets a new one of zeros, and so does all that lay beside it. To the page
+  table (/proc/PID/pagemap, PAGEMAP_SCAN) it looks as it did before.
 
-So a copy is right if the pages that it was made of are the process's own afterwards. If that cannot be told, their
-contents do: a word that is not zero is noted of every page, and is there as long as the page is. That needs no more
-than what madvise(2) promises, but all pages have to be touched once more.
+So a word that is not zero is noted of every page. When a copy has been made of a page and its word is there
+afterwards, the page had not been taken by then, and the copy is right. That needs no more than what madvise(2)
+promises, whatever else has been put in a page's place.
 """
 
 from __future__ import annotations
@@ -41,9 +40,6 @@ _NO_WORD = _PAGE_WORDS  # a page of zeros, which is right even when it has been 
 _MADV_DONTNEED, _MADV_FREE, _MADV_HUGEPAGE, _MADV_NOHUGEPAGE, _MADV_DONTDUMP = 4, 8, 14, 15, 16
 _MAP_NORESERVE = 0x4000
 _PROT_NONE = 0
-_PRESENT, _SWAPPED, _OF_A_FILE, _MAPPED_ONCE = (np.uint64(1 << bit) for bit in (63, 62, 61, 56))  # in pagemap
-_KNOWN = _PRESENT | _SWAPPED | _OF_A_FILE | _MAPPED_ONCE
-_PAGEMAP = "/proc/self/pagemap"
 
 _madvise = function("madvise", [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int])  # mmap's keeps the interpreter lock
 _mprotect = function("mprotect", [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int])
@@ -61,12 +57,11 @@ class ReclaimableMemory:
 
     def __init__(self, size_bytes: int) -> None:
         self.size_bytes = -(-size_bytes // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-        memory = np.frombuffer(mmap.mmap(-1, self.size_bytes + _HUGE_PAGE_BYTES, flags=flags), np.uint8)
+        memory = _addresses(self.size_bytes + _HUGE_PAGE_BYTES)
         skipped = -memory.ctypes.data % _HUGE_PAGE_BYTES
         self._memory = memory[skipped : skipped + self.size_bytes]
         self._words = self._memory.view(np.uint64).reshape(-1, _PAGE_WORDS)
-        self._word_of_page = np.zeros(len(self._words), np.uint16)
+        self._word_of_page = _addresses(2 * len(self._words)).view(np.uint16)  # mostly 0, which takes no memory
         self._address = self._memory.ctypes.data
         self._lock = threading.Lock()
         self._being_put: list[tuple[int, int]] = []  # whole huge pages
@@ -126,28 +121,19 @@ class ReclaimableMemory:
 
     def is_there(self, start: int, stop: int) -> bool:
         """Nothing of what was put into a range of pages has been taken back so far."""
-        return self._is_own(start, stop) or self._has_words(np.arange(start // PAGE_BYTES, stop // PAGE_BYTES))
+        return self._has_words(slice(start // PAGE_BYTES, stop // PAGE_BYTES))
 
     def seems_to_be_there(self, start: int, stop: int, step_bytes: int) -> bool:
         """One page in so many bytes is; memory is taken back in long pieces."""
-        return self._has_words(np.arange(start // PAGE_BYTES, stop // PAGE_BYTES, step_bytes // PAGE_BYTES))
+        return self._has_words(slice(start // PAGE_BYTES, stop // PAGE_BYTES, step_bytes // PAGE_BYTES))
 
-    def _is_own(self, start: int, stop: int) -> bool:
-        """All pages of a range are the process's own; also False if nobody says so."""
-        first = (self._address + start) // mmap.PAGESIZE
-        entries = np.empty(-(-(self._address + stop) // mmap.PAGESIZE) - first, np.uint64)
-        try:
-            with open(_PAGEMAP, "rb", buffering=0) as pagemap:
-                pagemap.seek(first * entries.itemsize)
-                got = pagemap.readinto(entries.data)
-        except OSError:
-            return False
-        return got == entries.nbytes and bool((entries & _KNOWN == _PRESENT | _MAPPED_ONCE).all())
-
-    def _has_words(self, pages: NDArray[np.int64]) -> bool:
-        noted = self._word_of_page[pages]
+    def _has_words(self, pages: slice) -> bool:
+        words, noted = self._words[pages], self._word_of_page[pages]
+        if not noted.any():
+            return bool(words[:, 0].all())
         is_zeros = noted == _NO_WORD
-        return bool(((self._words[pages, np.where(is_zeros, 0, noted)] != 0) | is_zeros).all())
+        found = words[np.arange(len(words)), np.where(is_zeros, 0, noted)]
+        return bool(((found != 0) | is_zeros).all())
 
     def drop(self, start: int, stop: int) -> None:
         """Give memory back: all whole pages of a range; what lies behind the end is nobody's. Locked memory stays."""
@@ -162,3 +148,9 @@ class ReclaimableMemory:
     def _try_to_advise(self, start: int, stop: int, advice: int) -> None:
         with contextlib.suppress(OSError):  # a kernel without huge pages, a process with locked memory
             self._advise(start, stop, advice)
+
+
+def _addresses(size_bytes: int) -> NDArray[np.uint8]:
+    """Zeros that take no memory, and count for none, before they are written to."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+    return np.frombuffer(mmap.mmap(-1, size_bytes, flags=flags), np.uint8)
