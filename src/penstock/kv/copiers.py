@@ -20,7 +20,7 @@ import numpy as np
 
 from penstock.errors import KVError
 from penstock.kv.delivery import Delivery
-from penstock.kv.fetch import Chunk, Ready, Source
+from penstock.kv.fetch import Chunk, Fetch, Ready, Source, Tail
 from penstock.kv.kept import Look
 from penstock.kv.width import Width
 
@@ -120,18 +120,20 @@ class Copiers:
         if self._checks and (self._copying or not self._may_take()):
             return partial(self._check, *self._checks.popleft())
         chunk = heapq.heappop(self._ready).chunk
+        tail = chunk.fetch.take_tail()
         if not chunk.is_in_memory:
-            return partial(self._verify_and_copy, chunk, number)
+            return partial(self._verify_and_copy, chunk, tail, number)
         self._copying += 1
-        return partial(self._copy, chunk, number, self._copying)
+        return partial(self._copy, chunk, tail, number, self._copying)
 
     # Jobs.
 
-    def _verify_and_copy(self, chunk: Chunk, number: int) -> _Finish:
+    def _verify_and_copy(self, chunk: Chunk, tail: Tail | None, number: int) -> _Finish:
         started_s = time.perf_counter()
         fetch = chunk.fetch
         landed = None if chunk.memory is None else np.frombuffer(chunk.memory.memory, np.uint8)
         try:
+            _write(fetch, tail)
             trouble = self._delivery.deliver(
                 fetch.tensor,
                 chunk.run,
@@ -148,20 +150,17 @@ class Copiers:
                 return partial(self._owner.chunk_has_failed, chunk, trouble)
         return partial(self._owner.chunk_was_copied, chunk, time.perf_counter() - started_s)
 
-    def _copy(self, chunk: Chunk, number: int, threads: int) -> _Finish:
+    def _copy(self, chunk: Chunk, tail: Tail | None, number: int, threads: int) -> _Finish:
         started_s = time.perf_counter()
         fetch = chunk.fetch
         look = None
         is_there = True
         try:
-            if chunk.source is Source.TAIL:
-                if not fetch.is_cancelled:
-                    fetch.target.write(chunk.run.first * fetch.tensor.shape.rows, fetch.tail)
-            else:
-                look = self._delivery.copy_kept(
-                    fetch.tensor, chunk.run, fetch.target, number, lambda: not fetch.is_cancelled
-                )
-                is_there = look is not None
+            _write(fetch, tail)
+            look = self._delivery.copy_kept(
+                fetch.tensor, chunk.run, fetch.target, number, lambda: not fetch.is_cancelled
+            )
+            is_there = look is not None
         except BaseException as error:  # noqa: BLE001 — the target's
             fetch.error = fetch.error or error
         taken_s = time.perf_counter() - started_s
@@ -186,6 +185,11 @@ class Copiers:
         if look.was_right():
             return partial(self._owner.chunk_was_copied, chunk, taken_s)
         return partial(self._owner.chunk_was_taken_back, chunk)
+
+
+def _write(fetch: Fetch, tail: Tail | None) -> None:
+    if tail is not None and not fetch.is_cancelled:
+        fetch.target.write(*tail)
 
 
 def _nothing() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from penstock.kv.pipeline import Pipeline
 
 
-_NO_ROWS: NDArray[np.uint8] = np.empty((0, 0), np.uint8)
+Tail: TypeAlias = tuple[int, NDArray[np.uint8]]  # number of the first of some rows, and they, [rows, row_bytes]
 
 
 class Source(Enum):
@@ -26,21 +26,29 @@ class Source(Enum):
     DEVICE = "device"
     MEMORY = "memory"
     PAGE_CACHE = "page cache"
-    TAIL = "tail"  # the rows that are in no block yet
 
 
 class Fetch:
-    """Rows of one tensor on their way to a target. Made by `Pipeline.fetch`."""
+    """Rows of one tensor on their way to a target. Made by `Pipeline.fetch`.
+
+    Attributes:
+        tail: rows that were in no block when it began; None: there were none, or they have been taken.
+    """
 
     def __init__(self, pipeline: Pipeline, number: int, tensor: StoredTensor, target: Target) -> None:
         self._pipeline = pipeline
         self.number = number
         self.tensor = tensor
         self.target = target
-        self.tail = _NO_ROWS  # those of the tensor's, as they were when it began
+        self.tail: Tail | None = None
         self.left = 0  # chunks; the pipeline's to count
         self.error: BaseException | None = None
         self.is_cancelled = False
+
+    def take_tail(self) -> Tail | None:
+        """The tail, for the first one that asks. To be called with the lock held."""
+        tail, self.tail = self.tail, None
+        return tail
 
     def wait(self) -> None:
         """Until all rows are there.
@@ -79,7 +87,7 @@ class Chunk:
     @property
     def is_in_memory(self) -> bool:
         """Nothing is read for it."""
-        return self.source in (Source.MEMORY, Source.TAIL)
+        return self.source is Source.MEMORY
 
 
 @dataclass(slots=True)

@@ -126,8 +126,7 @@ class Pipeline:
             chunks = list(self._cut(fetch, first, last))
             in_tail = tokens - in_blocks * tensor.shape.rows
             if in_tail > 0 and blocks is None and chunks:
-                fetch.tail = tensor.tail[:in_tail].copy()  # it is appended to meanwhile
-                chunks.append(Chunk(fetch, Run(in_blocks, in_blocks, 0), Source.TAIL))
+                fetch.tail = tokens - in_tail, tensor.tail[:in_tail].copy()  # it is appended to meanwhile
             fetch.left = len(chunks)
             if chunks:
                 self._start()
