@@ -507,6 +507,46 @@ def test_writes_that_fail(make_store: MakeStore, always: bool) -> None:
         store.close()
 
 
+class Recording(Target):
+    """Takes rows, and notes where they began."""
+
+    def __init__(self, rows: NDArray[np.uint8]) -> None:
+        self.rows = rows
+        self.firsts: list[int] = []
+
+    def write(self, first: int, rows: NDArray[np.uint8]) -> None:
+        self.firsts.append(first)
+        self.rows[first : first + len(rows)] = rows
+
+
+def test_rows_in_no_block_come_once_whatever_becomes_of_the_blocks(make_store: MakeStore) -> None:
+    failing = threading.Event()
+    failed: list[int] = []
+
+    def error(number: int) -> int:
+        if not failing.is_set() or failed:
+            return 0
+        failed.append(number)
+        return errno.EIO
+
+    with FaultyEngine(ThreadEngine(), error) as engine:
+        store = make_store(engine)
+        tensor = store.add(KEYS, 4096)
+        rows = rows_of(2048 + 5, 4096)
+        store.append(KEYS, rows)
+        store.settle()
+        assert tensor.tail_rows == 5
+        failing.set()
+        target = Recording(np.zeros_like(rows))
+        fetch = store.fetch(KEYS, target)
+        store.append(KEYS, rows_of(tensor.shape.rows, 4096)[::-1])  # into the same tail, and over its beginning
+        fetch.wait()
+        assert failed
+        assert target.firsts.count(2048) == 1
+        assert np.array_equal(target.rows, rows)
+        store.close()
+
+
 class Failing(Target):
     """A target that takes the first rows only."""
 
