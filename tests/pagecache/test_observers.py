@@ -13,10 +13,11 @@ import pytest
 from tests.tracing import needs_access_tracepoints
 
 from penstock.errors import ObserverError
+from penstock.linux import process
 from penstock.linux.pagecache import drop
 from penstock.pagecache.files import ModelFiles
 from penstock.pagecache.ledger import Ledger
-from penstock.pagecache.observers.base import Observer
+from penstock.pagecache.observers.base import Observer, ProcessTree
 from penstock.pagecache.observers.process import ProcessObserver
 from penstock.pagecache.observers.tracefs import TracefsObserver
 from penstock.testing.observer import ObserverTests, write_files
@@ -62,6 +63,22 @@ class TestProcessObserver(ObserverTests):
         ledger = Ledger()
         with pytest.raises(ObserverError, match=f"/proc/{child.pid}"):
             self.make_observer(ModelFiles(), ledger).start(child.pid)
+
+
+def test_a_look_that_had_to_wait_makes_nobody_blind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow_maps(pid: int, *args: Any, **kwargs: Any) -> list[process.Mapping]:
+        time.sleep(0.2)  # for a CPU, for the program's own locks, or as the machine was stopped
+        return read_maps(pid, *args, **kwargs)
+
+    read_maps = process.read_maps
+    monkeypatch.setattr(process, "read_maps", slow_maps)
+    tree = ProcessTree(os.getpid(), ModelFiles())
+    try:
+        assert tree.refresh()
+        time.sleep(0.5)
+        assert tree.refresh()
+    finally:
+        tree.close()
 
 
 @pytest.mark.parametrize("model_cached", [False, True])

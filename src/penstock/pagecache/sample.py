@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from penstock.pagecache.ledger import Ledger
 
-_COUNTING_SHARE = 0.05  # of the time, at most, goes into counting cached pages
+_COUNTING_SHARE = 0.05  # of a CPU, at most, goes into counting cached pages
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +37,8 @@ class ResidencyMeter:
         self._unknown_bytes = 0  # counted, and not present in the ledger: cached before the run
         self.peak_bytes = 0
 
-    def read(self, now_s: float, clock: Callable[[], float] = time.monotonic) -> int:
-        """Bytes cached now."""
+    def read(self, now_s: float, clock: Callable[[], float] = time.thread_time) -> int:
+        """Bytes cached now. The clock is one of what counting costs."""
         if now_s < self._next_count_s:
             whole_bytes = sum(record.file.size_bytes for record in self._ledger.records())
             return max(0, min(whole_bytes, self._ledger.present_bytes() + self._unknown_bytes))

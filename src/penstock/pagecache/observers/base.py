@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # it imports numpy: 0.1 s, in which a small model may be read
 _SMALLEST_MAPPING_BYTES = 256 * KiB
 _REFRESH_S = 0.01  # a small shard may be mapped for no longer
 _MOST_SCANS = 8
-_REFRESH_SHARE = 0.04  # of the time, at most, goes into looking through /proc: its locks are the program's, too
+_REFRESH_SHARE = 0.04  # of a CPU, at most, goes into looking through /proc: its locks are the program's, too
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,9 +122,10 @@ class ProcessTree:
 
     def refresh(self, *, force: bool = False) -> bool:
         """Look through /proc again if it is time; returns whether it was."""
-        began = time.monotonic()
-        if began < self._next_refresh_s and not force:
+        now = time.monotonic()
+        if now < self._next_refresh_s and not force:
             return False
+        began_s = time.thread_time()
         try:
             pids = process.descendants(self._root)
         except ProcessLookupError:
@@ -138,8 +139,10 @@ class ProcessTree:
                 self._forget(pid)
             except PermissionError as error:
                 self.cannot_inspect = str(error)
-        took_s = time.monotonic() - began
-        self._next_refresh_s = began + max(_REFRESH_S, took_s / _REFRESH_SHARE)
+        # By the clock it may have taken any time, as it waited for a CPU, or the machine was stopped; to be blind for
+        # 25 times that long was to miss a whole model.
+        took_s = time.thread_time() - began_s
+        self._next_refresh_s = now + max(_REFRESH_S, took_s / _REFRESH_SHARE)
         return True
 
     def _look_into(self, pid: int) -> None:
