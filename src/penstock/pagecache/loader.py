@@ -58,6 +58,7 @@ class Loader:
         self._became_idle = threading.Condition(lock)
         self._queue: deque[Prefetch] = deque()
         self._allowance_bytes = 1 << 62
+        self._most_threads = threads
         self._active_limit = threads
         self._active = 0
         self._closing = False
@@ -66,26 +67,32 @@ class Loader:
         self._may_move = True  # cached pages, from one NUMA node to another
         self._toucher = Toucher(ledger)
         self._warnings: list[str] = []
-        self._threads = [
-            threading.Thread(target=self._work, name=f"penstock-loader-{number}", daemon=True)
-            for number in range(threads)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._threads: list[threading.Thread] = []
 
     def submit(self, requests: Iterable[Prefetch]) -> None:
         """Replace the queue. Chunks already being read are finished; none of what they read is lost."""
         with self._condition:
             self._interruptions += bool(self._queue)
             self._queue = deque(requests)
+            if self._queue and not self._threads and not self._closing:
+                self._start_threads()
             self._condition.notify_all()
+
+    def _start_threads(self) -> None:
+        """Not before there is work: a run that is only observed needs none."""
+        self._threads = [
+            threading.Thread(target=self._work, name=f"penstock-loader-{number}", daemon=True)
+            for number in range(self._most_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def set_limits(self, allowance_bytes: int, threads: int = THREADS) -> None:
         """How many bytes may be cached ahead of the readers, and how many chunks may be read at once."""
         with self._condition:
             raised = allowance_bytes > self._allowance_bytes or threads > self._active_limit
             self._allowance_bytes = allowance_bytes
-            self._active_limit = min(threads, len(self._threads))
+            self._active_limit = min(threads, self._most_threads)
             if raised:
                 self._condition.notify_all()
 
