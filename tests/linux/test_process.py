@@ -362,7 +362,21 @@ class TestWithoutTheProcess:
 
     def test_a_zombie_has_a_state(self, zombie: int) -> None:
         assert process.read_stat(zombie).state == "Z"
-        assert process.state_of(zombie) == "Z"
+        assert process.read_stat(zombie).is_ending
+        assert not process.read_stat(os.getpid()).is_ending
+
+    def test_one_that_gives_up_its_memory_is_ending(self) -> None:
+        # As an ordinary user its files in /proc are refused from then on, and it is not "another user's process".
+        program = "import sys; held = bytearray(b'x') * (1 << 28); print(flush=True); sys.stdin.read()"
+        with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as popen:
+            assert popen.stdin
+            assert popen.stdout
+            popen.stdout.read(1)
+            popen.stdin.close()
+            seen = set()
+            while (found := process.read_stat(popen.pid)).state != "Z":
+                seen.add(found.is_ending)
+        assert seen == {False, True}
 
     def test_no_pages_of_a_zombie(self, child: Child, file: Path) -> None:
         where = mapping(child, file, shared=False)
