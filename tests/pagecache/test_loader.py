@@ -226,3 +226,25 @@ def test_its_threads_end_with_it(ledger: Ledger, file: ModelFile) -> None:
     assert set(threading.enumerate()) <= before
     loader.submit([Prefetch(file, 0, SIZE_BYTES)])  # nobody is there to read it
     assert not loader.wait_idle(0.01)
+
+
+def test_a_thread_that_cannot_be_started(ledger: Ledger, file: ModelFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+    started: list[threading.Thread] = []
+
+    def refused(thread: threading.Thread) -> None:
+        if thread.name.startswith("penstock-loader-"):
+            if started:
+                raise RuntimeError("can't start new thread")
+            started.append(thread)
+        start(thread)
+
+    loader = Loader(ledger, threads=2)
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    with pytest.raises(RuntimeError, match="can't start"):
+        loader.submit([Prefetch(file, 0, SIZE_BYTES)])
+    loader.submit([Prefetch(file, 0, SIZE_BYTES)])  # by the one that there is
+    assert loader.wait_idle(DEADLINE_S)
+    loader.close()
+    assert resident(file, 0, SIZE_BYTES) == SIZE_BYTES
+    assert not started[0].is_alive()

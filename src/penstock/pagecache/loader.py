@@ -80,12 +80,10 @@ class Loader:
 
     def _start_threads(self) -> None:
         """Not before there is work: a run that is only observed needs none."""
-        self._threads = [
-            threading.Thread(target=self._work, name=f"penstock-loader-{number}", daemon=True)
-            for number in range(self._most_threads)
-        ]
-        for thread in self._threads:
+        for number in range(self._most_threads):
+            thread = threading.Thread(target=self._work, name=f"penstock-loader-{number}", daemon=True)
             thread.start()
+            self._threads.append(thread)  # not before: one that could not be started cannot be waited for
 
     def set_limits(self, allowance_bytes: int, threads: int = THREADS) -> None:
         """How many bytes may be cached ahead of the readers, and how many chunks may be read at once."""
