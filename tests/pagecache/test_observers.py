@@ -65,20 +65,22 @@ class TestProcessObserver(ObserverTests):
             self.make_observer(ModelFiles(), ledger).start(child.pid)
 
 
-def test_a_look_that_had_to_wait_makes_nobody_blind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_look_that_had_to_wait_makes_nobody_blind(monkeypatch: pytest.MonkeyPatch) -> None:
     def slow_maps(pid: int, *args: Any, **kwargs: Any) -> list[process.Mapping]:
         time.sleep(0.2)  # for a CPU, for the program's own locks, or as the machine was stopped
         return read_maps(pid, *args, **kwargs)
 
     read_maps = process.read_maps
     monkeypatch.setattr(process, "read_maps", slow_maps)
-    tree = ProcessTree(os.getpid(), ModelFiles())
-    try:
-        assert tree.refresh()
-        time.sleep(0.5)
-        assert tree.refresh()
-    finally:
-        tree.close()
+    with subprocess.Popen(["sleep", "60"]) as program:  # little to look at: it is the waiting that counts
+        tree = ProcessTree(program.pid, ModelFiles())
+        try:
+            assert tree.refresh()
+            time.sleep(0.5)
+            assert tree.refresh()
+        finally:
+            tree.close()
+            program.kill()
 
 
 @pytest.mark.parametrize("model_cached", [False, True])
