@@ -150,6 +150,53 @@ class TestMaps:
         assert (after.path, after.deleted) == (str(path), True)
 
 
+class TestIsStillMapped:
+    @pytest.fixture(params=["query", "maps"], autouse=True)
+    def method(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+        if request.param == "maps":  # Linux < 6.11
+            monkeypatch.setattr(process, "_PROCMAP_QUERY", 3 << 30 | 8 << 16 | ord("f") << 8 | 99)
+
+    def test_as_long_as_nothing_changes(self, child: Child, file: Path) -> None:
+        assert all(process.is_still_mapped(child.pid, where) for where in process.read_maps(child.pid))
+
+    def test_another_file_at_the_same_address(self, file: Path, tmp_path: Path) -> None:
+        other = tmp_path / "part 2.bin"
+        other.write_bytes(bytes(4096 * PAGE))
+        with file.open("rb") as first, other.open("rb") as second:
+            before = mmap.mmap(first.fileno(), 0, access=mmap.ACCESS_READ)
+            (where,) = process.read_maps(os.getpid(), {identity(file)})
+            assert process.is_still_mapped(os.getpid(), where)
+            before.close()
+            assert not process.is_still_mapped(os.getpid(), where)
+            with mmap.mmap(second.fileno(), 0, access=mmap.ACCESS_READ):
+                (now,) = process.read_maps(os.getpid(), {identity(other)})
+                assert now.start == where.start  # else this tests nothing
+                assert not process.is_still_mapped(os.getpid(), where)
+                assert process.is_still_mapped(os.getpid(), now)
+
+    def test_another_part_of_the_file_at_the_same_address(self, file: Path) -> None:
+        with file.open("rb") as opened:
+            before = mmap.mmap(opened.fileno(), 16 * PAGE, access=mmap.ACCESS_READ)
+            (where,) = process.read_maps(os.getpid(), {identity(file)})
+            before.close()
+            with mmap.mmap(opened.fileno(), 16 * PAGE, access=mmap.ACCESS_READ, offset=PAGE):
+                (now,) = process.read_maps(os.getpid(), {identity(file)})
+                assert now.start == where.start
+                assert not process.is_still_mapped(os.getpid(), where)
+
+    def test_after_exec(self, child: Child, file: Path) -> None:
+        where = mapping(child, file, shared=True)
+        assert child.tell("exec") == "ready"
+        assert not process.is_still_mapped(child.pid, where)
+
+    def test_of_a_process_that_has_ended(self, child: Child, file: Path) -> None:
+        where = mapping(child, file, shared=True)
+        child.popen.kill()
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        with pytest.raises(ProcessLookupError):
+            process.is_still_mapped(child.pid, where)
+
+
 class TestFiles:
     def test_lists_regular_files(self, child: Child, file: Path) -> None:
         found = [o for o in process.open_files(child.pid) if (o.device, o.inode) == identity(file)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import subprocess
 import sys
@@ -81,6 +82,30 @@ def test_a_look_that_had_to_wait_makes_nobody_blind(monkeypatch: pytest.MonkeyPa
         finally:
             tree.close()
             program.kill()
+
+
+def test_the_next_shard_at_the_address_of_the_last(tmp_path: Path) -> None:
+    """Its pages were taken for the last one's until the next look at the program's mappings."""
+    first, second, _ = write_files(tmp_path)
+    files = ModelFiles([first, second])
+    tree = ProcessTree(os.getpid(), files, only_known=True)
+    try:
+        with first.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as shard:
+            assert shard[5 * MiB] is not None
+            tree.refresh(force=True)
+            assert {part.file.path for part in tree.touched()} == {str(first)}
+            (where,) = tree.mapped_parts(next(file for file in files if file.path == str(first)))
+        with second.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as shard:
+            assert shard[9 * MiB] is not None
+            assert tree.touched() == []
+            assert all(tree.mapped_parts(file) == [] for file in files)
+            assert tree.refresh()  # at once, as it knows that it is out of date
+            found = tree.touched()
+            assert {part.file.path for part in found} == {str(second)}
+            (now,) = tree.mapped_parts(found[0].file)
+            assert now.address == where.address  # else this tests nothing
+    finally:
+        tree.close()
 
 
 @pytest.mark.parametrize("model_cached", [False, True])

@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import re
 import stat
+import struct
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
@@ -25,6 +27,9 @@ from typing import Literal
 PAGE_SIZE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _READ_BYTES = 1 << 16
 _GONE_STATES = frozenset("ZX")
+# struct procmap_query of linux/fs.h up to dev_minor, and the sizes and addresses of a name and a build ID: not wanted
+_MAP_QUERY = struct.Struct("=9Q2I8x16x")
+_PROCMAP_QUERY = 3 << 30 | _MAP_QUERY.size << 16 | ord("f") << 8 | 17  # _IOWR('f', 17, struct procmap_query)
 _PF_EXITING = 0x4  # of the flags in /proc/PID/stat: it has given up its memory, and its files are not shown any more
 
 
@@ -184,6 +189,35 @@ def read_maps(
             )
         )
     return mappings
+
+
+def is_still_mapped(pid: int, mapping: Mapping) -> bool:
+    """Whether a mapping's addresses still show what they did: a process gets them again for the next file it maps.
+
+    Asks for the one address (PROCMAP_QUERY, Linux 6.11), or reads all mappings.
+    """
+    fd = open_file(pid, "maps")
+    try:
+        query = bytearray(_MAP_QUERY.pack(_MAP_QUERY.size, 0, mapping.start, *(0,) * 8))
+        fcntl.ioctl(fd, _PROCMAP_QUERY, query)
+    except OSError as error:
+        if error.errno == errno.ENOENT:
+            return False
+        if error.errno not in (errno.ENOTTY, errno.EINVAL):
+            raise
+        found = read_maps(pid, {(mapping.device, mapping.inode)})
+        return any(_shows(mapping, m.device, m.inode, m.start, m.stop, m.offset_bytes) for m in found)
+    finally:
+        os.close(fd)
+    _, _, _, start, stop, _, _, offset, inode, major, minor = _MAP_QUERY.unpack(query)
+    return _shows(mapping, os.makedev(major, minor), inode, start, stop, offset)
+
+
+def _shows(mapping: Mapping, device: int, inode: int, start: int, stop: int, offset_bytes: int) -> bool:
+    """Whether a mapping found now shows at the first address what another one showed there."""
+    if (device, inode) != (mapping.device, mapping.inode) or not start <= mapping.start < stop:
+        return False
+    return offset_bytes + mapping.start - start == mapping.offset_bytes
 
 
 def open_files(pid: int) -> list[OpenFile]:

@@ -194,14 +194,20 @@ class ProcessTree:
         """Pages newly present in the mappings of model files, in file order within each mapping."""
         found = []
         for known in list(self._processes.values()):
-            for mapped in known.mappings.values():
+            for key, mapped in list(known.mappings.items()):
                 try:
-                    found += self._touched_in(known, mapped)
-                except ProcessLookupError:  # it ended, or its memory was replaced by exec
+                    touched = self._touched_in(known, mapped)
+                    if touched and not process.is_still_mapped(known.pid, mapped.mapping):
+                        # The next shard is where the last one was, and its pages are none of the last one's.
+                        del known.mappings[key]
+                        self._next_refresh_s = 0.0
+                        continue
+                except (ProcessLookupError, PermissionError):  # it ended, or its memory was replaced by exec
                     if known.pagemap is not None:
                         known.pagemap.close()
                     known.pagemap, known.mappings = None, {}
                     break
+                found += touched
         return found
 
     def _touched_in(self, known: _Process, mapped: _Mapped) -> list[Observed]:
@@ -262,7 +268,7 @@ class ProcessTree:
             MappedPart(known.pid, known.pidfd, mapped.mapping.start, mapped.start, mapped.stop)
             for known in self._processes.values()
             for mapped in known.mappings.values()
-            if mapped.file == file
+            if mapped.file == file and _is_still_mapped(known.pid, mapped.mapping)
         ]
 
     def _forget(self, pid: int) -> None:
@@ -276,3 +282,10 @@ class ProcessTree:
         """Close all descriptors."""
         for pid in list(self._processes):
             self._forget(pid)
+
+
+def _is_still_mapped(pid: int, mapping: Mapping) -> bool:
+    try:
+        return process.is_still_mapped(pid, mapping)
+    except (ProcessLookupError, PermissionError):
+        return False
