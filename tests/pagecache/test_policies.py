@@ -213,6 +213,44 @@ class TestMaioPlan:
             wanted = policy.prefetch(access(file, 0, 64 * KiB))
             assert wanted[0].file == A
 
+    def test_a_glance_ahead_leaves_nothing_out(self) -> None:
+        """A folio of 2 MiB at the edge of what it reads is mapped whole, and may stand anywhere in the template."""
+        policy = started(Maio(), groups=IN_ORDER)
+        policy.prefetch(access(A, 0, 8 * MiB))
+        policy.prefetch(access(A, 200 * MiB, 202 * MiB, miss=False))
+        wanted = policy.prefetch(access(A, 8 * MiB, 16 * MiB))
+        assert (wanted[0].file, wanted[0].start) == (A, 0)
+        assert merged(wanted)[0] == (A.name, 0, 2 * GiB)
+
+    def test_a_pools_slowest_thread_is_waited_for_until_it_reads_elsewhere(self) -> None:
+        policy = started(Maio(), groups=IN_ORDER)
+        for at in range(0, 40 * MiB, 4 * MiB):
+            policy.prefetch(access(A, at, at + 4 * MiB))
+            policy.prefetch(access(A, at + 128 * MiB, at + 132 * MiB))
+        wanted = policy.prefetch(access(A, 40 * MiB))
+        assert (wanted[0].file, wanted[0].start) == (A, 0)  # a piece of 64 MiB
+        for step in reading(A, 168 * MiB, 232 * MiB):
+            policy.prefetch(step)
+        wanted = policy.prefetch(access(A, 232 * MiB))
+        assert (wanted[0].file, wanted[0].start) == (A, 192 * MiB)
+
+    def test_the_other_half_of_a_folio_at_the_edge_of_a_slice_is_not_followed(self) -> None:
+        """Two workers, each with a half of every tensor."""
+        starts = range(0, GiB, 24 * MiB)
+        slices = [[Range(A.name, at, at + 24 * MiB) for at in starts[worker::2]] for worker in (0, 1)]
+        policy = started(Maio(), groups=slices)
+        for part in slices[0]:
+            policy.prefetch(access(A, part.start, part.stop, miss=False))
+            assert not policy.prefetch(access(A, part.stop, part.stop + 2 * MiB))
+        assert policy.mismatch == ""
+
+    def test_what_begins_before_a_slice_is_of_the_slice(self) -> None:
+        policy = started(Maio(), groups=[[Range(A.name, 25 * MiB, GiB)]])
+        wanted: Sequence[Prefetch] = ()
+        for step in reading(A, 24 * MiB, 512 * MiB, step=32 * MiB):
+            wanted = policy.prefetch(step) or wanted
+        assert wanted[0].start >= 256 * MiB
+
     def test_only_its_own_worker_moves(self) -> None:
         policy = started(Maio(), groups=[(Range(A.name, 0, 2 * GiB),), (Range(B.name, 0, 2 * GiB),)])
         for step in reading(B, 0, 256 * MiB, worker=1):

@@ -23,8 +23,10 @@ _SMALLEST_GUESS_BYTES = 1024 * MiB  # and all that is guessed of a model that li
 _PIECE_BYTES = 64 * MiB  # several workers' reads are interleaved in pieces of this size
 _BACKWARDS_BYTES = 32 * MiB  # backwards by less is a thread pool's disorder
 _LATE_POLLS = 3  # so many polls later a page may still be reported: its mapping has to be found first
-_FORWARDS_BYTES = 256 * MiB  # and forwards: a reader that leaves some out
-_SETTLED_BYTES = 24 * MiB  # so much read elsewhere: the worker has gone there
+_FORWARDS_BYTES = 256 * MiB  # and forwards: a reader that leaves some out, or one of a pool's threads
+# So much read elsewhere, or of what the template does not name: the worker has gone there. Less is a glance, or the
+# other half of a folio of 2 MiB at the edge of what is read: a page-table entry maps it whole.
+_SETTLED_BYTES = 24 * MiB
 _LEFT_OUT_BYTES = 8 * MiB  # smaller holes are what was mapped between two polls
 _REPLAN_S = 0.05  # between two looks at the whole plan, which is thousands of ranges for several workers
 _JUMPS = 3  # this many such moves: the template is another program's
@@ -48,16 +50,20 @@ class _Group:
         self.total_bytes = position
         self.position = 0  # how far the worker has come
         self._before: deque[int] = deque(maxlen=_LATE_POLLS)  # positions when the last polls began
+        self._left_out_bytes = 0  # read further on, since it was last where it is thought to be
         self._elsewhere = 0  # where it has last been seen otherwise
         self._elsewhere_bytes = 0  # and how much it has read there
 
-    def locate(self, name: str, offset: int) -> int | None:
-        """Position of a byte in the order; None if the template does not have it."""
+    def locate(self, name: str, start: int, stop: int) -> tuple[int, int] | None:
+        """First byte of a range that the template has, and its position in the order; None if it has none."""
         parts = self._by_name.get(name, [])
-        index = bisect_right(parts, offset, key=lambda part: part[0]) - 1
-        if index < 0 or offset >= parts[index][1]:
+        index = bisect_right(parts, start, key=lambda part: part[0]) - 1
+        if index < 0 or start >= parts[index][1]:
+            index += 1
+        if index == len(parts) or parts[index][0] >= stop:
             return None
-        return parts[index][2] + offset - parts[index][0]
+        first = max(start, parts[index][0])
+        return first, parts[index][2] + first - parts[index][0]
 
     def begin_poll(self) -> None:
         """What is reported from now on was read since the worker was where it is now."""
@@ -70,7 +76,13 @@ class _Group:
         is cached; reading on elsewhere does.
         """
         if min(self.position, *self._before) - _BACKWARDS_BYTES <= start <= self.position + _FORWARDS_BYTES:
-            self.position = max(self.position, stop)
+            if start > self.position + _BACKWARDS_BYTES:
+                self._left_out_bytes += stop - start
+                if self._left_out_bytes < _SETTLED_BYTES:
+                    return False
+            if stop > self.position:
+                self.position = stop
+                self._left_out_bytes = 0
             return False
         if not miss:
             return False
@@ -121,6 +133,7 @@ class Maio(Policy):
         self._next_replan_s = 0.0
         self._polled_s = -1.0
         self._unknown_bytes = 0
+        self._unknown_bytes_of: dict[int, int] = {}  # by worker, since it last read what its template names
         self._unknown_share_bytes = sum(group.total_bytes for group in self._groups) // 4
         self.mismatch = ""
         self._passed: dict[int, deque[tuple[ModelFile, int, int, int]]] = {}  # by worker: within the keep distance
@@ -142,16 +155,12 @@ class Maio(Policy):
 
     def _follow(self, access: Access) -> Sequence[Prefetch]:
         group = self._groups[access.worker] if access.worker < len(self._groups) else None
-        position = group.locate(access.file.name, access.start) if group else None
-        if group is None or position is None:
-            if not access.miss:
-                return ()
-            self._unknown_bytes += access.stop - access.start
-            if self._unknown_bytes > _UNKNOWN_BYTES + self._unknown_share_bytes:
-                return self._leave_template(access, "it reads what its template does not name")
-            ahead = self._ahead.prefetch(access)
-            return [*ahead, *self._remaining()] if ahead else ()
-        if group.move(position, position + access.stop - access.start, access.miss):
+        located = group.locate(access.file.name, access.start, access.stop) if group else None
+        if group is None or located is None:
+            return self._follow_unknown(access) if access.miss else ()
+        self._unknown_bytes_of[access.worker] = 0
+        first, position = located
+        if group.move(position, position + access.stop - first, access.miss):
             self._jumps += 1
             if self._jumps >= _JUMPS:
                 return self._leave_template(access, "it reads in another order than its template says")
@@ -159,6 +168,19 @@ class Maio(Policy):
             return ()
         self._next_replan_s = access.time_s + _REPLAN_S
         return self._remaining()
+
+    def _follow_unknown(self, access: Access) -> Sequence[Prefetch]:
+        """The reader goes where its template does not; the others, and it later, may do what theirs say."""
+        size_bytes = access.stop - access.start
+        self._unknown_bytes += size_bytes
+        if self._unknown_bytes > _UNKNOWN_BYTES + self._unknown_share_bytes:
+            return self._leave_template(access, "it reads what its template does not name")
+        unknown = self._unknown_bytes_of[access.worker] = self._unknown_bytes_of.get(access.worker, 0) + size_bytes
+        if unknown < _SETTLED_BYTES:
+            return ()
+        # Its own way on only: where readers went like this before, they have been.
+        ahead = [r for r in self._ahead.prefetch(access) if (r.worker, r.file) == (access.worker, access.file)]
+        return [*ahead, *self._remaining()] if ahead else ()
 
     def _leave_template(self, access: Access, why: str) -> Sequence[Prefetch]:
         self.mismatch = why
