@@ -83,6 +83,22 @@ def test_dear_pages_are_touched_by_a_thread_of_its_own(
     assert set(threading.enumerate()) == before
 
 
+def test_without_a_thread_nothing_is_touched(
+    ledger: Ledger, file: ModelFile, touched: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(toucher_module, "_SLOW_S", 0.0)
+    toucher = Toucher(ledger)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refused)
+        offer(toucher, ledger, file, 0, 3 * MiB)  # by a thread that reads, and has to go on
+    offer(toucher, ledger, file, 3 * MiB, 5 * MiB)
+    wait_for(touched, 3 * MiB)  # once there may be one
+    toucher.close()
+
+
 def test_what_the_program_has_read_is_touched_too(
     ledger: Ledger, file: ModelFile, touched: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

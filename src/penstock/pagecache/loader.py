@@ -82,8 +82,13 @@ class Loader:
         """Not before there is work: a run that is only observed needs none."""
         for number in range(self._most_threads):
             thread = threading.Thread(target=self._work, name=f"penstock-loader-{number}", daemon=True)
-            thread.start()
-            self._threads.append(thread)  # not before: one that could not be started cannot be waited for
+            try:
+                thread.start()
+            except RuntimeError:  # the cgroup's pids are all in use: fewer read
+                if not self._threads:
+                    raise
+                break
+            self._threads.append(thread)
 
     def set_limits(self, allowance_bytes: int, threads: int = THREADS) -> None:
         """How many bytes may be cached ahead of the readers, and how many chunks may be read at once."""

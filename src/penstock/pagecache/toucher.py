@@ -53,14 +53,18 @@ class Toucher:
             return
         with self._condition:
             if not self._threads:
-                self._threads = [
-                    threading.Thread(target=self._work, name=f"penstock-toucher-{number}", daemon=True)
-                    for number in range(max(1, min(_MOST_THREADS, (os.cpu_count() or 1) // 2)))
-                ]
-                for thread in self._threads:
-                    thread.start()
+                self._start_threads()
             self._queue.append((record, start, stop))
             self._condition.notify()
+
+    def _start_threads(self) -> None:
+        for number in range(max(1, min(_MOST_THREADS, (os.cpu_count() or 1) // 2))):
+            thread = threading.Thread(target=self._work, name=f"penstock-toucher-{number}", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # the cgroup's pids are all in use: fewer touch, or nobody, and the program does
+                break
+            self._threads.append(thread)
 
     def close(self) -> None:
         """End the threads; what is queued stays untouched."""
