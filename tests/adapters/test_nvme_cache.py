@@ -178,7 +178,8 @@ def test_operations_on_batches(tmp_path: Path) -> None:
             both(lambda cache, layer=layer: cache.update(*states(4, 5, 10 + layer), layer))
         both(lambda cache: cache.reorder_cache(torch.tensor([1, 0, 2, 0])))
         both(lambda cache: cache.crop(-9))
-        both(lambda cache: cache.batch_select_indices(torch.tensor([2, 0])))
+        both(lambda cache: cache.batch_select_indices((3, 2, 0)))
+        both(lambda cache: cache.batch_select_indices([1, 2]))
         for layer in range(3):
             both(lambda cache, layer=layer: cache.update(*states(2, 40, 20 + layer), layer))
         both(lambda cache: cache.batch_repeat_interleave(5))
@@ -195,6 +196,15 @@ def test_operations_on_batches(tmp_path: Path) -> None:
             keys, values = ours.update(*states(1, 3, layer), layer)
             assert torch.equal(keys, states(1, 3, layer)[0])
             assert torch.equal(values, states(1, 3, layer)[1])
+
+
+def test_a_copy_is_refused_and_harms_nothing(tmp_path: Path) -> None:
+    with NVMeCache(path=tmp_path) as cache:
+        cache.update(*states(1, 7, 0), 0)
+        with pytest.raises(TypeError, match=r"use save\(\), and load\(\)"):
+            copy.deepcopy(cache)
+        keys, _ = cache.update(*states(1, 1, 1), 0)
+        assert torch.equal(keys[:, :, :7], states(1, 7, 0)[0])
 
 
 def test_what_was_handed_out_stays(tmp_path: Path) -> None:

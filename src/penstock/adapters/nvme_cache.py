@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
@@ -144,6 +144,10 @@ class NVMeCache(Cache):
         for layer in self.layers:
             held: Any = layer  # those of linear attention have neither
             yield held.keys, held.values, getattr(held, "_sliding_window_tensor", None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        """How transformers' guides use a prompt again; a context on a device is saved once and loaded as often."""
+        raise TypeError("an NVMeCache cannot be copied: use save(), and load() for each copy")
 
     def __enter__(self) -> Self:
         return self

@@ -266,15 +266,16 @@ class NVMeLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Have sequence i continue sequence ``beam_idx[i]``."""
         self.batch_select_indices(beam_idx)
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep these sequences, in this order."""
+    def batch_select_indices(self, indices: torch.Tensor | Sequence[int]) -> None:
+        """Keep these sequences, in this order: whatever may index a tensor's first dimension, as in `DynamicLayer`."""
         if not self._tokens:
             return
         self.forget()
         self._shared.reordered = True
         if self._lineage is None:
             self._lineage = self._same()
-        chosen = np.arange(self.batch)[indices.cpu().numpy()]
+        index = indices.cpu() if isinstance(indices, torch.Tensor) else indices
+        chosen = torch.arange(self.batch)[index, ...].numpy()
         self._lineage = self._lineage[:, chosen]
         self.batch = len(chosen)
         if self.batch > self._stored_batch:
