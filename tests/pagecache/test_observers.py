@@ -77,7 +77,8 @@ def test_a_look_that_had_to_wait_makes_nobody_blind(monkeypatch: pytest.MonkeyPa
         tree = ProcessTree(program.pid, ModelFiles())
         try:
             assert tree.refresh()
-            time.sleep(0.5)
+            later = time.monotonic() + 0.5
+            monkeypatch.setattr(time, "monotonic", lambda: later)
             assert tree.refresh()
         finally:
             tree.close()

@@ -197,16 +197,16 @@ class ProcessTree:
             for key, mapped in list(known.mappings.items()):
                 try:
                     touched = self._touched_in(known, mapped)
-                    if touched and not process.is_still_mapped(known.pid, mapped.mapping):
-                        # The next shard is where the last one was, and its pages are none of the last one's.
-                        del known.mappings[key]
-                        self._next_refresh_s = 0.0
-                        continue
-                except (ProcessLookupError, PermissionError):  # it ended, or its memory was replaced by exec
+                except ProcessLookupError:  # it ended, or its memory was replaced by exec
                     if known.pagemap is not None:
                         known.pagemap.close()
                     known.pagemap, known.mappings = None, {}
                     break
+                if touched and not _is_still_mapped(known.pid, mapped.mapping):
+                    # The next shard is where the last one was, and its pages are none of the last one's.
+                    del known.mappings[key]
+                    self._next_refresh_s = 0.0
+                    continue
                 found += touched
         return found
 
