@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from penstock.cli.launch import CACHE_MODES, OBSERVERS, POLICIES, RunOptions, plain
+from penstock.cli.launch import CACHE_MODES, OBSERVERS, POLICIES, RunOptions, _seem_cached, plain
 from penstock.cli.run import run
+from penstock.linux.pagecache import drop, mincore
 from penstock.pagecache.policies import BUILT_IN
 from penstock.pagecache.runtime import CacheMode
 
@@ -113,6 +115,28 @@ def test_closed_streams_change_nothing(tmp_path: Path, observer: str, streams: s
     assert ended.returncode == 7
     assert (tmp_path / "ran").exists()
     assert report.exists()
+
+
+def test_whether_a_model_is_cached_is_told_by_a_few_bytes_of_each_large_file(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "small.safetensors").write_bytes(bytes(1 << 20))
+    assert not _seem_cached([str(model)])
+    for name in ("a.safetensors", "b.safetensors"):
+        with (model / name).open("wb") as file:
+            for _ in range(64):
+                file.write(os.urandom(1 << 20))
+            os.fsync(file.fileno())
+    words = ["serve.py", "", "\0", "x" * 5000, f"--model={model}", "--tp", "2"]
+    assert _seem_cached(words)
+    assert _seem_cached([str(model / "a.safetensors")])
+    with (model / "b.safetensors").open("rb") as file:
+        drop(file.fileno())
+        if mincore(file.fileno(), 0, 1 << 26).any():
+            pytest.skip(f"{model} is on a file system that keeps every page in memory")
+    assert not _seem_cached(words)
+    assert _seem_cached([str(model / "a.safetensors")])
+    assert not _seem_cached(["serve.py", "--tp", "2", "/dev/zero"])
 
 
 def test_no_more_is_imported_than_the_program_can_wait_for() -> None:

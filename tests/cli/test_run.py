@@ -21,7 +21,6 @@ from tests.tracing import needs_access_tracepoints
 from penstock.errors import UnsupportedError
 from penstock.linux.pagecache import FileResidency, drop
 from penstock.linux.tracefs import TraceFs
-from penstock.pagecache.loader import THREADS
 from penstock.pagecache.template import TemplateStore
 from penstock.units import MiB
 
@@ -312,12 +311,12 @@ def test_what_is_cached_at_anothers_charge_is_not_burnt(
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout
     plain(reader, model)  # by this process's cgroup
     assert resident_share(model) > 0.9
+    told.unlink()
     tasks = make_memory_cgroup(84 * MiB) / "cgroup.procs"  # two interpreters take half of it
     limited = subprocess.Popen(
         [*command, "late"], stdin=subprocess.PIPE, preexec_fn=lambda: tasks.write_text(str(os.getpid()))
     )
-    threads = Path(f"/proc/{limited.pid}/task")
-    wait_until(lambda: len(list(threads.iterdir())) > THREADS, "penstock is not loading")
+    wait_until(told.exists, "penstock is not observing")
     limited.communicate(b"\n", timeout=DEADLINE_S)
     assert limited.returncode == 0
     report = read(told)

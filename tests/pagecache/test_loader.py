@@ -228,6 +228,20 @@ def test_its_threads_end_with_it(ledger: Ledger, file: ModelFile) -> None:
     assert not loader.wait_idle(0.01)
 
 
+def test_what_is_known_to_be_cached_takes_no_threads(ledger: Ledger, file: ModelFile) -> None:
+    ledger.found_cached(ledger.record(file))
+    loader = Loader(ledger)
+    before = set(threading.enumerate())
+    loader.submit([Prefetch(file, 0, SIZE_BYTES), Prefetch(file, 8 * MiB, 12 * MiB)])
+    assert loader.idle
+    assert set(threading.enumerate()) == before
+    ledger.evicted(ledger.record(file), 0, MiB, MiB)
+    loader.submit([Prefetch(file, 0, SIZE_BYTES)])
+    assert loader.wait_idle(DEADLINE_S)
+    loader.close()
+    assert resident(file, 0, MiB) == MiB
+
+
 def test_a_thread_that_cannot_be_started(ledger: Ledger, file: ModelFile, monkeypatch: pytest.MonkeyPatch) -> None:
     start = threading.Thread.start
     started: list[threading.Thread] = []
@@ -246,6 +260,7 @@ def test_a_thread_that_cannot_be_started(ledger: Ledger, file: ModelFile, monkey
     loader.close()
     assert resident(file, 0, SIZE_BYTES) == SIZE_BYTES
     assert not started[0].is_alive()
+    ledger.abandon(ledger.record(file), 0, SIZE_BYTES)
     without_any = Loader(ledger, threads=2)
     with pytest.raises(RuntimeError, match="can't start"):
         without_any.submit([Prefetch(file, 0, SIZE_BYTES)])

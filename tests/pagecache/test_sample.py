@@ -36,12 +36,12 @@ def test_counted_no_more_often_than_it_is_worth(ledger: Ledger, file: ModelFile)
     drop(record.fd)
     if ledger.resident_bytes():
         pytest.skip(f"{file.path} is on a file system that keeps every page in memory")
-    assert meter.read(100.19, times.__next__) == SIZE_BYTES
+    assert meter.read(100.49, times.__next__) == SIZE_BYTES
     ledger.evicted(record, 0, 2 * MiB, 2 * MiB)  # of what nobody had noted as present
-    assert meter.read(100.19, times.__next__) == SIZE_BYTES
-    assert meter.read(100.21, times.__next__) == 0
+    assert meter.read(100.49, times.__next__) == SIZE_BYTES
+    assert meter.read(100.51, times.__next__) == 0
     ledger.access(record, 0, 3 * MiB)
-    assert meter.read(100.21, times.__next__) == 0  # that count cost nothing: the kernel is asked again
+    assert meter.read(100.51, times.__next__) == 0  # that count cost nothing: the kernel is asked again
     assert meter.peak_bytes == SIZE_BYTES
 
 

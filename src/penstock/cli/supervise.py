@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from penstock.pagecache.session import Session
     from penstock.report.report import Report
 
+# Objects made before Python looks for garbage: of importing, to which looking adds a seventh, there is none.
+_COLLECT_AFTER = 50_000
+
 
 def own_policy(options: RunOptions) -> Policy | None:
     """A policy of the user's own, made before the program is started: ends penstock, with a message, if it cannot be.
@@ -60,22 +63,18 @@ def supervise(launched: Launched, policy: Policy | None = None) -> NoReturn:
 
 def _begin(launched: Launched, policy: Policy | None, teller: _Teller) -> Session:
     options = launched.options
-    if options.policy == "native":
-        launched.run_ahead()
-    gc.disable()  # a seventh of the time to import; there is no garbage in it
-    try:
-        from pathlib import Path
+    launched.run_ahead()
+    gc.set_threshold(_COLLECT_AFTER)
+    from pathlib import Path
 
-        from penstock.cli.paths import fingerprint_directory, template_directory
-        from penstock.pagecache.files import models_in_command
-        from penstock.pagecache.policies import create_policy
-        from penstock.pagecache.runtime import CacheMode
-        from penstock.pagecache.session import Session, SessionOptions
-        from penstock.units import parse_size
+    from penstock.cli.paths import fingerprint_directory, template_directory
+    from penstock.pagecache.files import models_in_command
+    from penstock.pagecache.policies import create_policy
+    from penstock.pagecache.runtime import CacheMode
+    from penstock.pagecache.session import Session, SessionOptions
+    from penstock.units import parse_size
 
-        policy = policy or create_policy(options.policy)
-    finally:
-        gc.enable()
+    policy = policy or create_policy(options.policy)
     launched.release()
     launched.give_way.end()
     if launched.instance is not None:

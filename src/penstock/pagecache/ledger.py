@@ -106,6 +106,11 @@ class Ledger:
         with self._lock:
             return record.accessed.covers(start, stop)
 
+    def is_present(self, record: FileRecord, start: int, stop: int) -> bool:
+        """Whether all of a range is cached, or being read in."""
+        with self._lock:
+            return record.present.covers(start, stop)
+
     def settle(self, record: FileRecord, start: int, stop: int, read_bytes: int) -> None:
         """A claimed range is done: read_bytes of it had to be read, the rest was cached already."""
         with self._lock:

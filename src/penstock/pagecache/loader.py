@@ -74,12 +74,14 @@ class Loader:
         with self._condition:
             self._interruptions += bool(self._queue)
             self._queue = deque(requests)
+            if not self._threads and all(map(self._is_cached, self._queue)):
+                self._queue.clear()
             if self._queue and not self._threads and not self._closing:
                 self._start_threads()
             self._condition.notify_all()
 
     def _start_threads(self) -> None:
-        """Not before there is work: a run that is only observed needs none."""
+        """Not before there is work: a run that is only observed, or whose model is cached, needs none."""
         for number in range(self._most_threads):
             thread = threading.Thread(target=self._work, name=f"penstock-loader-{number}", daemon=True)
             try:
@@ -196,6 +198,14 @@ class Loader:
                 self._queue.appendleft(Prefetch(request.file, low, high, request.worker))
             return record, missing[0][0], missing[0][1], request.worker
         return None
+
+    def _is_cached(self, request: Prefetch) -> bool:
+        """By what is known, without asking the kernel."""
+        try:
+            record = self._ledger.record(request.file)
+        except OSError:  # whoever takes it off the queue says so
+            return False
+        return self._ledger.is_present(record, request.start, request.stop)
 
     def _drop_queued(self, request: Prefetch) -> None:
         self._queue = deque(queued for queued in self._queue if queued.file != request.file)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from penstock.pagecache.ledger import Ledger
 
-_COUNTING_SHARE = 0.05  # of a CPU, at most, goes into counting cached pages
+_COUNTING_SHARE = 0.02  # of a CPU, at most, goes into counting cached pages
 
 
 @dataclass(frozen=True, slots=True)

@@ -258,6 +258,18 @@ class ObserverTests:
             watched.tell("touch", path, 5 * MiB, 7 * MiB)
             watched.expect(path, [(5 * MiB, 7 * MiB)])
 
+    def test_a_mapping_that_is_read_through_is_told_in_few_parts(self, tmp_path_factory: Any) -> None:
+        """To go through thousands takes longer than to read what is cached."""
+        with self.watch(tmp_path_factory) as (watched, path, _):
+            with path.open("rb", buffering=0) as file:
+                while file.read(64 * KiB):  # read-ahead makes folios of several sizes
+                    pass
+            watched.tell("map", path)
+            watched.settle()
+            watched.tell("touch", path, 0, 12 * MiB)
+            watched.expect(path, [(0, 12 * MiB)])
+            assert len(watched.seen) <= 4, watched.seen
+
     def test_a_populated_mapping(self, tmp_path_factory: Any) -> None:
         with self.watch(tmp_path_factory) as (watched, path, _):
             watched.tell("populate", path)

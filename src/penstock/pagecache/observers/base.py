@@ -225,14 +225,6 @@ class ProcessTree:
                 mapped.touched.add(first - shift, min(last - shift, mapped.stop))
         return found
 
-    def note(self, observed: Observed) -> None:
-        """Pages whose fault was seen by other means: they are not news any more."""
-        known = self._processes.get(observed.pid)
-        if known is not None:
-            for mapped in known.mappings.values():
-                if mapped.file == observed.file:
-                    mapped.touched.add(observed.start, observed.stop)
-
     def moved_positions(self) -> list[Observed]:
         """What read() has passed in files whose descriptors' positions moved."""
         found = []

@@ -15,14 +15,17 @@ from numpy.typing import NDArray
 
 from penstock.errors import ObserverError, UnsupportedError
 from penstock.linux.ringbuffer import Events, decode_pages
-from penstock.linux.tracefs import Instance, follow
+from penstock.linux.tracefs import READ, Instance, follow
 from penstock.pagecache.base import ModelFile
 from penstock.pagecache.evictor import MappedPart
 from penstock.pagecache.files import ModelFiles
+from penstock.pagecache.intervals import IntervalSet
 from penstock.pagecache.observers.base import Observed, Observer, ProcessTree
+from penstock.pagecache.observers.stretches import Stretch, stretches
 from penstock.units import KiB, MiB
 
 _SMALLEST_FILE_BYTES = 256 * KiB
+_NOTHING = IntervalSet()
 _LONGEST_READ_BYTES = 32 * MiB  # one event tells of a whole read(2); its pages come in steps of this at most
 
 
@@ -54,6 +57,7 @@ class TracefsObserver(Observer):
         self._keep_instance = keep_instance
         self._tree: ProcessTree | None = None
         self._process_of_thread: dict[int, int] = {}
+        self._pages_before: dict[tuple[int, ModelFile], IntervalSet] = {}  # seen in page tables at the last poll
         self._given_up: set[tuple[int, int]] = set()  # device and inode of files that were looked for in vain
         self._pid = 0
 
@@ -67,6 +71,7 @@ class TracefsObserver(Observer):
         except (OSError, UnsupportedError) as error:
             self.stop()
             raise ObserverError(f"tracefs: {error}") from error
+        self._reading = self._instance.events.index(READ)
         self._tree = ProcessTree(pid, self._files, only_known=self._only_known)
 
     def poll(self) -> Sequence[Observed]:
@@ -75,43 +80,43 @@ class TracefsObserver(Observer):
         events = decode_pages(self._instance.read_pages(), self._instance.formats)
         if self._tree.refresh():
             self._process_of_thread.update({pid: pid for pid in self._tree.pids()})  # for when they are gone
-        found = self._observed(events) if len(events) else []
-        for part in found:
-            self._tree.note(part)
-        found += self._tree.touched()
-        return found
-
-    def _observed(self, events: Events) -> list[Observed]:
         files, number = self._files_of(events)
         chosen = number >= 0
-        # Stable: each reader keeps its own order. Readers that interleave within one poll are told apart.
-        order = np.lexsort((events["thread"][chosen], number[chosen]))
-        number, events = number[chosen][order], events[chosen][order]
-        if not len(events):
-            return []
-        start = events["start"]
-        stop = np.minimum(events["stop"], start + _LONGEST_READ_BYTES)
-        begins = np.ones(len(events), bool)
-        begins[1:] = (
-            (events["thread"][1:] != events["thread"][:-1])
-            | (number[1:] != number[:-1])
-            | (start[1:] > stop[:-1])
-            | (start[1:] < start[:-1])
-        )
-        firsts = np.flatnonzero(begins)
-        runs = zip(
-            events["time_ns"][firsts].tolist(),
-            events["thread"][firsts].tolist(),
-            number[firsts].tolist(),
-            start[firsts].tolist(),
-            np.maximum.reduceat(stop, firsts).tolist(),
-            strict=True,
-        )
-        return [
-            Observed(self._process(thread), files[index], first, min(last, files[index].size_bytes))
-            for _, thread, index, first, last in sorted(runs)
-            if first < files[index].size_bytes
-        ]
+        start = events["start"][chosen]
+        stop = np.minimum(events["stop"][chosen], start + _LONGEST_READ_BYTES)
+        maps = events["kind"][chosen] != self._reading
+        found = stretches(events["thread"][chosen], number[chosen], start, stop, maps)
+        return self._joined(files, found, self._tree.touched())
+
+    def _joined(
+        self, files: Sequence[ModelFile], found: Sequence[Stretch], touched: Sequence[Observed]
+    ) -> list[Observed]:
+        """What was read, as the events order it and the page tables complete it.
+
+        An event names 64 KiB of what the kernel has mapped, the folio up to 2 MiB: told one by one they are a hundred
+        thousand pieces of a model, and to go through those costs more CPU time than to read a model that is cached.
+        """
+        pages: dict[tuple[int, ModelFile], IntervalSet] = {}
+        for part in touched:
+            pages.setdefault((part.pid, part.file), IntervalSet()).add(part.start, part.stop)
+        untold = {key: IntervalSet(parts) for key, parts in pages.items()}
+        result = []
+        for stretch in found:
+            pid, file = self._process(stretch.thread), files[stretch.file]
+            key = pid, file
+            parts = IntervalSet()
+            if key in untold:
+                parts = IntervalSet(untold[key].overlap(stretch.start, stretch.stop))
+                untold[key].remove(stretch.start, stretch.stop)
+            told = (pages.get(key, _NOTHING), self._pages_before.get(key, _NOTHING))
+            for start, stop in stretch.pieces:
+                if start < file.size_bytes and not any(known.covers(start, stop) for known in told):
+                    parts.add(start, min(stop, file.size_bytes))
+            result += [Observed(pid, file, start, stop) for start, stop in parts]
+        for (pid, file), parts in untold.items():
+            result += [Observed(pid, file, start, stop) for start, stop in parts]
+        self._pages_before = pages
+        return result
 
     def _files_of(self, events: Events) -> tuple[list[ModelFile], NDArray[np.int64]]:
         """The model files among the events, and each event's index in them or -1.
