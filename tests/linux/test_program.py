@@ -173,6 +173,22 @@ class TestSignals:
             process.send_signal(number)
             assert process.wait() == 3
 
+    def test_one_that_comes_when_nothing_would_look_before_the_program_ends(self) -> None:
+        """Sent to another thread: a wait of the main one is not interrupted by it, nor is one that has yet to begin."""
+        to_another = (
+            "import signal, threading, time\n"
+            "def send():\n"
+            "    time.sleep(0.5)\n"
+            "    signal.pthread_kill(threading.get_ident(), signal.SIGTERM)\n"
+            "threading.Thread(target=send).start()\n"
+        )
+        launcher = LAUNCHER.replace("sys.exit(exit_like", to_another + "sys.exit(exit_like")
+        with start(launcher, sys.executable, "-c", WAIT_FOR, str(int(signal.SIGTERM))) as process:
+            try:
+                assert process.wait(30) == 3
+            finally:
+                process.kill()
+
     def test_death_by_a_signal_that_was_passed_on(self) -> None:
         with start(LAUNCHER, "sh", "-c", "echo ready; exec cat") as process:
             assert process.stdout is not None

@@ -46,6 +46,7 @@ class Program:
         os.close(status)
         self._failure = failure
         self._pidfd = os.pidfd_open(self.pid)
+        self._signalled: int | None = None
 
     def release(self) -> None:
         """Let it run.
@@ -80,21 +81,35 @@ class Program:
             if not _terminal_sends_signals():
                 forward(number, None)
 
+        # Python runs a handler between two steps of its own: for a signal that comes when the last one before a wait is
+        # done, that would be when the program has ended. So what waits looks at a pipe, too.
+        self._signalled, arrived = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        signal.set_wakeup_fd(arrived, warn_on_full_buffer=False)
         for number in _FORWARDED:
             signal.signal(number, forward)
         for number in _FROM_TERMINAL:
             signal.signal(number, leave_to_group)
 
-    def wait_ended(self, timeout_s: float) -> bool:
+    def wait_ended(self, timeout_s: float | None = None) -> bool:
         """Wait for it to end, but no longer than that; returns whether it has."""
         import select
+        import time
 
+        until = None if timeout_s is None else time.monotonic() + timeout_s
         poll = select.poll()
         poll.register(self._pidfd, select.POLLIN)
-        return bool(poll.poll(timeout_s * 1000))
+        if self._signalled is not None:
+            poll.register(self._signalled, select.POLLIN)
+        while True:
+            ready = poll.poll(None if until is None else max(0.0, until - time.monotonic()) * 1000)
+            if not ready or any(fd == self._pidfd for fd, _ in ready):
+                return bool(ready)
+            assert self._signalled is not None
+            os.read(self._signalled, 4096)  # its handler runs before the next step
 
     def wait(self) -> int:
         """Wait for it to end; returns its wait status."""
+        self.wait_ended()
         return os.waitpid(self.pid, 0)[1]
 
 
