@@ -37,6 +37,7 @@ def make_store(tmp_path: Path) -> Iterator[MakeStore]:
             engine: Engine, size_bytes: int = 64 * MiB, pool_bytes: int = 4 * MiB, *, is_kept: bool = False
         ) -> KVStore:
             path = tmp_path / f"region-{len(list(tmp_path.iterdir()))}"
+            stack.callback(path.unlink, missing_ok=True)  # one test may make hundreds
             region = stack.enter_context(Region.create(path, size_bytes, owner="penstock kv"))
             pool = stack.enter_context(BufferPool(pool_bytes, 256 * KiB))
             kept = KeptBlocks(region.header.size_bytes) if is_kept else None
