@@ -91,6 +91,7 @@ class Policy:
     the program goes on with what the kernel does by itself.
     """
 
+    only_observes = False  # True: answers nothing, ever, so nobody needs to look often
     ignores_memory = False  # True: prefetch on whatever the memory there is (only `eager` wants that)
     mismatch = ""  # set by a policy that finds its template wrong: why; the runtime then records a new one
 

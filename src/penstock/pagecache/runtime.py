@@ -28,8 +28,9 @@ if TYPE_CHECKING:  # they import numpy: 0.1 s, in which the loader reads already
 
 _POLL_S = 0.012
 _CALM_POLL_S = 0.04  # while there is nothing to be done, and nothing is lost: a poll costs the program, too
+_OBSERVING_POLL_S = 0.08  # while there never is: of what is read by mapping it, a ring holds some 0.2 s
 _CALM_S = 0.25  # since anything was read in, waited for, or asked for by the policy
-_PATIENT_S = 0.3  # from the program's start, where nothing is urgent: by then it has imported what it needs
+_PATIENT_S = 0.2  # from the program's start, where nothing is urgent: by then it has imported what it needs
 _IDLE_POLL_S = 0.1  # once nothing was read for _IDLE_S
 _IDLE_S = 20.0
 _QUIET_S = 2.0
@@ -109,6 +110,7 @@ class Runtime:
     ) -> None:
         self._policy: Policy | None = policy
         self._ignores_memory = policy.ignores_memory
+        self._calm_poll_s = _OBSERVING_POLL_S if policy.only_observes else _CALM_POLL_S
         self._make_observer = make_observer
         self._observer: Observer | None = None
         self._ledger = ledger
@@ -250,7 +252,7 @@ class Runtime:
         if not self._loader.idle:
             self._asked_s = now
         is_calm = observer.keeps_events and now - self._asked_s >= _CALM_S
-        return _CALM_POLL_S if is_calm else _POLL_S
+        return self._calm_poll_s if is_calm else _POLL_S
 
     def _mapped_parts(self, file: ModelFile) -> Sequence[MappedPart]:
         return self._observer.mapped_parts(file) if self._observer else ()

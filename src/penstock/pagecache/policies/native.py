@@ -7,3 +7,5 @@ from penstock.pagecache.base import Policy
 
 class Native(Policy):
     """Prefetches nothing and evicts nothing."""
+
+    only_observes = True
