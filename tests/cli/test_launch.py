@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from penstock.cli import launch as launch_module
 from penstock.cli.launch import CACHE_MODES, OBSERVERS, POLICIES, RunOptions, _seem_cached, plain
 from penstock.cli.run import run
 from penstock.linux.pagecache import drop, mincore
@@ -144,3 +146,14 @@ def test_no_more_is_imported_than_the_program_can_wait_for() -> None:
     names = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True).stdout
     slow = {"click", "typing", "dataclasses", "pathlib", "re", "numpy", "enum", "functools", "collections"}
     assert not slow & set(names.split())
+
+
+def test_what_cannot_be_asked_is_not_taken_for_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(fd: int, offsets: object) -> list[bool]:
+        raise OSError(errno.EOPNOTSUPP, "no reads that do not block")
+
+    path = tmp_path / "model.gguf"
+    path.touch()
+    os.truncate(path, 1 << 26)
+    monkeypatch.setattr(launch_module, "is_resident_nowait", refuse)
+    assert not _seem_cached([str(path)])

@@ -176,15 +176,20 @@ class TestSignals:
     def test_one_that_comes_when_nothing_would_look_before_the_program_ends(self) -> None:
         """Sent to another thread: a wait of the main one is not interrupted by it, nor is one that has yet to begin."""
         to_another = (
-            "import signal, threading, time\n"
+            "import signal, threading\n"
             "def send():\n"
-            "    time.sleep(0.5)\n"
+            "    sys.stdin.readline()\n"
             "    signal.pthread_kill(threading.get_ident(), signal.SIGTERM)\n"
             "threading.Thread(target=send).start()\n"
         )
         launcher = LAUNCHER.replace("sys.exit(exit_like", to_another + "sys.exit(exit_like")
         with start(launcher, sys.executable, "-c", WAIT_FOR, str(int(signal.SIGTERM))) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
             try:
+                assert process.stdout.readline() == "ready\n"
+                process.stdin.write("now\n")
+                process.stdin.flush()
                 assert process.wait(30) == 3
             finally:
                 process.kill()

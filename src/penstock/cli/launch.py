@@ -12,6 +12,7 @@ import sys
 import time
 
 from penstock.errors import UnsupportedError
+from penstock.linux.nowait import is_resident_nowait
 from penstock.linux.program import Program, exit_like
 from penstock.linux.scheduling import GiveWay
 
@@ -214,16 +215,16 @@ def _large_files(path: str) -> Iterator[tuple[str, int]]:
 
 
 def _seems_cached(file: str, size_bytes: int) -> bool:
-    byte = bytearray(1)
-    fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    offsets = (size_bytes * (2 * number + 1) // (2 * _SAMPLES) for number in range(_SAMPLES))
     try:
-        for number in range(_SAMPLES):
-            os.preadv(fd, [byte], size_bytes * (2 * number + 1) // (2 * _SAMPLES), os.RWF_NOWAIT)
-    except OSError:  # EAGAIN: it would have to be read; or a file system that cannot tell
+        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            # One by one, no further than to the first that is not: to ask is to have it read in.
+            return all(is_resident_nowait(fd, [offset])[0] for offset in offsets)
+        finally:
+            os.close(fd)
+    except OSError:  # not ours to read, or a file system that cannot tell
         return False
-    finally:
-        os.close(fd)
-    return True
 
 
 def say(line: str) -> None:

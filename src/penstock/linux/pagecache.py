@@ -27,11 +27,12 @@ import os
 import resource
 import stat
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from penstock.linux.libc import function, syscall
+from penstock.linux.nowait import is_resident_nowait
 from penstock.linux.window import IOV_MAX, PAGE_BYTES, FileWindow, io_vectors
 
 if TYPE_CHECKING:  # importing numpy takes 0.1 s, which the loader need not wait for
@@ -121,26 +122,6 @@ def may_inspect(fd: int) -> bool:
             or os.access(f"/proc/self/fd/{fd}", os.W_OK)
         )
     return True
-
-
-def is_resident_nowait(fd: int, offsets: Iterable[int]) -> list[bool]:
-    """Whether the page at each offset is cached, asked by a read that may not block.
-
-    Works on any readable file. A page that is being read in counts as not resident. Asking for a page that is
-    not cached has it read in, with its neighbours unless the descriptor is advised POSIX_FADV_RANDOM, and on a quick
-    device that can be done before the answer is given: False is certain, True is not.
-
-    Raises:
-        OSError: EOPNOTSUPP where the file system has no non-blocking reads (tmpfs, some network mounts).
-    """
-    buffer = [bytearray(1)]
-    answers = []
-    for offset in offsets:
-        try:
-            answers.append(os.preadv(fd, buffer, offset, os.RWF_NOWAIT) == 1)
-        except BlockingIOError:
-            answers.append(False)
-    return answers
 
 
 def is_resident_fault(fd: int, offset: int) -> bool:

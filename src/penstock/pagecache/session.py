@@ -17,7 +17,6 @@ from penstock.pagecache.fingerprints import FingerprintCache
 from penstock.pagecache.headroom import Headroom
 from penstock.pagecache.ledger import Ledger
 from penstock.pagecache.placement import accelerator_of, worker_node, worker_rank
-from penstock.pagecache.policies.native import Native
 from penstock.pagecache.recorder import Recorder
 from penstock.pagecache.runtime import CacheMode, Outcome, Runtime
 from penstock.pagecache.service import service_id
@@ -89,8 +88,8 @@ class Session:
         self._store = TemplateStore(options.templates)
         self._fingerprints = FingerprintCache(options.fingerprints)
         self._ledger = Ledger()
-        self._template = None if isinstance(policy, Native) else self._load_template()
-        self.mode: Mode = "observe" if isinstance(policy, Native) else "replay" if self._template else "record"
+        self._template = None if policy.only_observes else self._load_template()
+        self.mode: Mode = "observe" if policy.only_observes else "replay" if self._template else "record"
         groups = self._template.groups if self._template else ()
         self._recorder = Recorder(groups, _rank_of)
         self._instance = instance
@@ -194,20 +193,13 @@ class Session:
         if len(numa.nodes()) > 1:  # what is cached may lie on the wrong node
             return False
         files = self._files_to_be_read()
-        try:
-            missing_bytes = sum(self._missing_bytes(file) for file in files)
-        except OSError:
-            return False
-        if missing_bytes > min(_NEGLIGIBLE_BYTES, sum(file.size_bytes for file in files) // _NEGLIGIBLE_PART):
+        total_bytes = sum(file.size_bytes for file in files)
+        if total_bytes - self._cached_bytes() > min(_NEGLIGIBLE_BYTES, total_bytes // _NEGLIGIBLE_PART):
             return False
         for file in files:
-            self._ledger.found_cached(self._ledger.record(file))
+            with contextlib.suppress(OSError):  # a small one, or it would be missing
+                self._ledger.found_cached(self._ledger.record(file))
         return True
-
-    def _missing_bytes(self, file: ModelFile) -> int:
-        """What of a file is not cached; all of it where that cannot be asked exactly."""
-        residency = self._ledger.record(file).residency
-        return file.size_bytes - (residency.resident_bytes(0, file.size_bytes) if residency.exact else 0)
 
     def _load_template(self) -> Template | None:
         """The service's template, if it is whole and its files are the recorded ones."""

@@ -25,8 +25,8 @@ from penstock.pagecache.observers.stretches import Stretch, stretches
 from penstock.units import KiB, MiB
 
 _SMALLEST_FILE_BYTES = 256 * KiB
-_NOTHING = IntervalSet()
 _LONGEST_READ_BYTES = 32 * MiB  # one event tells of a whole read(2); its pages come in steps of this at most
+_NOTHING = IntervalSet()
 
 
 class TracefsObserver(Observer):
@@ -71,7 +71,6 @@ class TracefsObserver(Observer):
         except (OSError, UnsupportedError) as error:
             self.stop()
             raise ObserverError(f"tracefs: {error}") from error
-        self._reading = self._instance.events.index(READ)
         self._tree = ProcessTree(pid, self._files, only_known=self._only_known)
 
     def poll(self) -> Sequence[Observed]:
@@ -84,7 +83,7 @@ class TracefsObserver(Observer):
         chosen = number >= 0
         start = events["start"][chosen]
         stop = np.minimum(events["stop"][chosen], start + _LONGEST_READ_BYTES)
-        maps = events["kind"][chosen] != self._reading
+        maps = events["kind"][chosen] != self._instance.events.index(READ)
         found = stretches(events["thread"][chosen], number[chosen], start, stop, maps)
         return self._joined(files, found, self._tree.touched())
 
