@@ -158,6 +158,10 @@ def test_the_first_line_has_the_figures() -> None:
             replace(REPORT, bytes_evicted=4 * GiB, peak_resident_bytes=2 * GiB),
             "penstock: 4.0 GiB evicted behind the readers, at most 2.0 GiB of the model cached (host)",
         ),
+        (  # nobody has counted what is cached
+            replace(REPORT, bytes_evicted=4 * GiB, peak_resident_bytes=0, timeline=()),
+            "penstock: 4.0 GiB evicted behind the readers (host)",
+        ),
     ],
 )
 def test_the_second_line_says_what_matters(report: Report, second: str) -> None:

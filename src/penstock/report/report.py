@@ -148,10 +148,8 @@ def _what_matters(report: Report) -> str:
             more = f"{len(others)} more warning{'s' if len(others) > 1 else ''}"
             return f"warning: {first} (and {more}: --report has all)"
     if report.bytes_evicted:
-        return (
-            f"{format_size(report.bytes_evicted)} evicted behind the readers, at most "
-            f"{format_size(report.peak_resident_bytes)} of the model cached ({report.memory_source})"
-        )
+        peak = f", at most {format_size(report.peak_resident_bytes)} of the model cached" if report.timeline else ""
+        return f"{format_size(report.bytes_evicted)} evicted behind the readers{peak} ({report.memory_source})"
     if report.mode == "record" and report.bytes_accessed:
         return "the I/O template is stored; the next run prefetches from its start"
     return ""
