@@ -7,7 +7,8 @@ time goes to, as one copy engine would; rows are random bytes that are known, an
 all of them. With ``--device cuda`` the ring is a GPU's. With ``--model`` a real model decodes instead, see
 `bench.kv.model`.
 
-Each run is a process of its own in a cgroup with a limit on memory, a share of the cache's size. Arms take turns:
+Each run is a process of its own in a cgroup with a limit on memory, a share of the cache's size. Its disk space has
+been written to before, see `bench.space`. Arms take turns:
 
 ========== ==========================================================================================
 memmap     np.memmap files, as FlexLLMGen has them, with the machine's read-ahead

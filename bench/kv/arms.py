@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.kv.workload import Comparing, Device, Source, Workload
+from bench.space import use_space
 from penstock.kv.cache import BUFFER_BYTES, DEPTH, POOL_BYTES, KVCache
 from penstock.kv.fetch import Fetch
 from penstock.kv.residency import KVTensor
@@ -20,7 +21,7 @@ from penstock.kv.residency import Path as Residence
 from penstock.kv.store import KVStore
 from penstock.storage.choose import create_engine
 from penstock.storage.pool import BufferPool
-from penstock.storage.region import Region
+from penstock.storage.region import DATA_START, Region
 from penstock.units import MiB
 
 _COPY_BYTES = 1 * MiB
@@ -53,6 +54,11 @@ class Arm(ABC):
     @abstractmethod
     def compare(self, tokens: int) -> None:
         """Complain unless the first so many rows of each tensor are what they must be."""
+
+    def use_space(self) -> None:
+        """Have the disk find the space of what is going to be written."""
+        for path in self.directory.iterdir():
+            use_space(path)
 
     def figures(self) -> dict[str, Any]:
         """What else is worth knowing."""
@@ -116,8 +122,12 @@ class Kept(Arm):
 
     def __init__(self, workload: Workload, directory: Path) -> None:
         super().__init__(workload, directory)
+        self._region = directory / "region"
         self._target = _ToDevice(self.device)
         self._fetches: deque[Fetch] = deque()
+
+    def use_space(self) -> None:
+        use_space(self._region, DATA_START)
 
     def append(self, tensor: KVTensor, rows: NDArray[np.uint8]) -> None:
         self.kept.append(tensor, rows)
@@ -159,9 +169,7 @@ class Stored(Kept):
     def __init__(self, workload: Workload, directory: Path, path: Residence) -> None:
         super().__init__(workload, directory)
         self._closing = ExitStack()
-        made = self._closing.enter_context(
-            Region.create(directory / "region", _region_bytes(workload), owner="penstock bench")
-        )
+        made = self._closing.enter_context(Region.create(self._region, _region_bytes(workload), owner="penstock bench"))
         engine = self._closing.enter_context(create_engine(depth=DEPTH)[0])
         pool = self._closing.enter_context(BufferPool(POOL_BYTES, BUFFER_BYTES))
         store = self._closing.enter_context(KVStore(made, engine, pool))
@@ -172,7 +180,7 @@ class Stored(Kept):
 
     def close(self) -> None:
         self._closing.close()
-        (self.directory / "region").unlink()
+        self._region.unlink()
 
 
 class Penstock(Kept):
@@ -180,7 +188,7 @@ class Penstock(Kept):
 
     def __init__(self, workload: Workload, directory: Path) -> None:
         super().__init__(workload, directory)
-        self.kept = KVCache(directory, size_bytes=_region_bytes(workload))
+        self.kept = KVCache(self._region, size_bytes=_region_bytes(workload))
         self.add()
 
     def prefill(self) -> None:
