@@ -26,6 +26,8 @@ _SMALL_BYTES = 512 * MiB  # penstock is ready after some 0.2 s
 _WORTH_TELLING = 0.95  # of the native time; runs differ by a few percent
 _NEAR = 0.75  # of the device's bandwidth, or of the time: that much explains the rest
 _PROBE_S = 0.5
+_REST_BYTES_PER_S = 1e9  # a rented disk is fast for some GB only: whichever run came last was slow without a rest
+_LONGEST_REST_S = 5.0
 _STOP_S = 5.0
 
 # What a loader does, without a framework: the mapping's pages are copied into memory that stands in for pinned
@@ -121,9 +123,9 @@ def demo(context: click.Context, size_bytes: int, directory: Path | None, keep: 
 
     The reader is a small program that maps the model's files and copies every tensor; the time is that of the
     whole command. Before each cold run the files are dropped from the page cache, and as much memory is used
-    once: a host that has taken it back would make the first run to need it pay. Nothing on the machine is
-    changed, and what was generated is removed at the end. Draws demo.png into the current directory where
-    matplotlib is installed.
+    once: a host that has taken it back would make the first run to need it pay. The disk rests for a moment, too.
+    Nothing on the machine is changed, and what was generated is removed at the end. Draws demo.png into the
+    current directory where matplotlib is installed.
     """
     with _stopping_on_signals():
         try:
@@ -235,7 +237,9 @@ def _measure(name: str, command: Sequence[str], cold: Sequence[Path], environmen
     """
     if cold:
         make_cold(cold)
-        use_memory(sum(path.stat().st_size for path in cold))
+        size_bytes = sum(path.stat().st_size for path in cold)
+        use_memory(size_bytes)
+        time.sleep(min(size_bytes / _REST_BYTES_PER_S, _LONGEST_REST_S))
     click.echo(f"{name}, cold" if cold else name, err=True)
     began_s = time.monotonic()
     # In a session of its own: Ctrl-C is ours, and then all of it ends with us.
