@@ -31,6 +31,8 @@ _AHEAD = 8  # tensors whose rows are asked for before they are needed: four laye
 class Arm(ABC):
     """A cache of one workload, in a directory."""
 
+    data_start = 0  # of each of its files, bytes: what comes before is a header
+
     def __init__(self, workload: Workload, directory: Path) -> None:
         self.workload = workload
         self.directory = directory
@@ -58,7 +60,7 @@ class Arm(ABC):
     def use_space(self) -> None:
         """Have the disk find the space of what is going to be written."""
         for path in self.directory.iterdir():
-            use_space(path)
+            use_space(path, self.data_start)
 
     def figures(self) -> dict[str, Any]:
         """What else is worth knowing."""
@@ -119,15 +121,13 @@ class Kept(Arm):
     """penstock's store or cache."""
 
     kept: KVStore | KVCache
+    data_start = DATA_START
 
     def __init__(self, workload: Workload, directory: Path) -> None:
         super().__init__(workload, directory)
         self._region = directory / "region"
         self._target = _ToDevice(self.device)
         self._fetches: deque[Fetch] = deque()
-
-    def use_space(self) -> None:
-        use_space(self._region, DATA_START)
 
     def append(self, tensor: KVTensor, rows: NDArray[np.uint8]) -> None:
         self.kept.append(tensor, rows)
