@@ -258,6 +258,35 @@ def test_taken_back_while_it_is_copied(make_store: MakeStore, engine: Engine, ti
     assert np.array_equal(store.read(KEYS), rows)
 
 
+class Waiting(Target):
+    """Takes rows when it may."""
+
+    def __init__(self, rows: NDArray[np.uint8]) -> None:
+        self.rows = rows
+        self.may = threading.Event()
+
+    def write(self, first: int, rows: NDArray[np.uint8]) -> None:
+        assert self.may.wait(10)
+        self.rows[first : first + len(rows)] = rows
+
+
+def test_appended_to_while_it_is_copied(make_store: MakeStore, engine: Engine) -> None:
+    store = make_store(engine)
+    store.add(KEYS, 4096)
+    rows = rows_of(1024, 4096)
+    block_rows = store.tensors[KEYS].shape.rows
+    tokens = 2 * block_rows + 3  # three rows are in no block
+    assert tokens + block_rows <= len(rows)
+    store.append(KEYS, rows[:tokens])
+    target = Waiting(np.zeros_like(rows[:tokens]))
+    fetch = store.fetch(KEYS, target)
+    store.append(KEYS, rows[tokens : tokens + block_rows])  # that block is full now, and the next has as many rows
+    target.may.set()
+    fetch.wait()
+    assert np.array_equal(target.rows, rows[:tokens])
+    assert np.array_equal(store.read(KEYS), rows[: tokens + block_rows])
+
+
 def test_moved_while_it_is_copied(make_store: MakeStore, engine: Engine) -> None:
     store = make_store(engine, is_kept=True)
     store.add(KEYS, 4096)

@@ -152,6 +152,7 @@ class KVStore:
                 tensor.tail[filled : filled + taken] = rows[:taken]
                 if filled + taken == shape.rows:
                     self._write(tensor, tensor.tail, joins=True)
+                    tensor.tail = np.empty_like(tensor.tail)  # a fetch may be copying the last one's rows
                 else:
                     tensor.tokens += taken
             rows = rows[taken:]

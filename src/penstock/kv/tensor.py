@@ -52,7 +52,8 @@ class StoredTensor:
         tokens: rows there are.
         cached_blocks: from the first one on, that stay in memory once they have been read, or in the page cache:
             `ALL_BLOCKS` of a tensor on the cached path.
-        tail: rows that are in no block yet, [rows of a block, row_bytes]; the first `tail_rows` count.
+        tail: rows that are in no block yet, [rows of a block, row_bytes]; the first `tail_rows` count. They stay as
+            they are while it is appended to: once full, another takes its place.
         checksums: of each whole block.
         writing: whole blocks that are not on the device yet.
         error: why it is lost; None if it is not.
