@@ -34,7 +34,9 @@ _WORKERS = 2
 _PIECE_BYTES = 8 * MiB  # of the page cache, read by a thread at once: steps took 11 % longer with 4 MiB, 20 % with 16
 _PIECE_SHARE = 8  # but no more than this part of the pool, where memory is short
 _CACHED_CHUNK_BYTES = 16 * MiB  # takes no buffer; larger ones make what has landed meanwhile wait
-_KEPT_CHUNK_BYTES = 128 * MiB  # from memory: steps took 0.189 s with 32, 0.180 with all of a tensor (70) at once
+# From memory. Steps took 0.189 s with 32 MiB, 0.182 with 64 and 0.180 with 128, but what the kernel has taken some of
+# is copied once more: after a limit was halved, steps took 1.2 times as long as they might have with 128, 1.0 with 64.
+_KEPT_CHUNK_BYTES = 64 * MiB
 
 
 @dataclass(frozen=True, slots=True)
