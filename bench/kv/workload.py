@@ -115,15 +115,15 @@ class Device:
             self.copied_bytes += len(flat)
 
     def bandwidth(self) -> float:
-        """Bytes a second of copies of 1 MiB from memory that is in no cache of the CPU's, and pinned for a GPU."""
+        """Bytes a second of copies of a piece from memory that is in no cache of the CPU's, and pinned for a GPU."""
         memory = huge_buffer(256 * MiB)
         unpin = None if self.opened is None else self.opened.pin(memory)
         source = np.frombuffer(memory, np.uint8)
         best = 0.0
         for _ in range(5):
             begin = time.perf_counter()
-            for start in range(0, len(source), MiB):
-                self.copy(source[start : start + MiB])
+            for start in range(0, len(source), _PIECE_BYTES):
+                self.copy(source[start : start + _PIECE_BYTES])
             best = max(best, len(source) / (time.perf_counter() - begin))
         if unpin is not None:
             unpin()
