@@ -7,17 +7,20 @@ ARGS ?=
 BENCH_ARGS ?= --size 2GiB --rounds 3
 
 VENV := .venv
+OLDEST := .venv-oldest
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
+TRANSFORMERS := $(shell sed -n 's/.*"transformers>=\([^"]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: help demo test check bench rig docs clean
+.PHONY: help demo test oldest check bench rig docs clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo    load a generated model with and without penstock, in about a minute'
 	@echo 'make test    run all tests                   (ARGS="-k loader" for some)'
+	@echo 'make oldest  the tests of adapters with the oldest transformers they are for, in .venv-oldest'
 	@echo 'make check   ruff and mypy'
 	@echo 'make bench   measure, in a short suite       (BENCH_ARGS="--size 6GiB --suite all" for all of it)'
 	@echo 'make rig     NUMA nodes, NVMe drives, older kernels and power cuts, in virtual machines, in eleven minutes'
@@ -31,6 +34,9 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(ARGS)
+
+oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest tests/adapters $(ARGS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -65,11 +71,20 @@ $(VENV)/.installed-dev: pyproject.toml $(VENV)/.made
 	$(PIP) install --quiet --editable '.[bench]' --group dev
 	@touch $@ $(VENV)/.installed
 
+$(OLDEST)/.installed: pyproject.toml $(VENV)/.made
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip --disable-pip-version-check install --quiet --upgrade 'pip>=25.1'
+	$(OLDEST)/bin/python -m pip --disable-pip-version-check install --quiet \
+		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) '$(TORCH)'
+	$(OLDEST)/bin/python -m pip --disable-pip-version-check install --quiet \
+		--editable . --group test 'accelerate>=1.0' 'transformers==$(TRANSFORMERS).*'
+	@touch $@
+
 # Without torch, which no test of the rig needs.
 $(VENV)/.installed-rig: pyproject.toml $(VENV)/.made
 	$(PIP) install --quiet --editable . --group rig
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist demo bench/out
+	rm -rf $(VENV) $(OLDEST) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist demo bench/out
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from numpy.typing import NDArray
+from packaging.version import Version
 from transformers.cache_utils import CacheLayerMixin
 
 from penstock.device.base import Device
@@ -22,6 +24,7 @@ from penstock.kv.cache import KVCache
 from penstock.kv.fetch import Fetch
 from penstock.kv.residency import KVTensor
 
+_TRANSFORMERS = Version(transformers.__version__).release  # what `crop` is asked for has changed twice
 _SPARE_TOKENS = 64  # by which buffers are larger than needed, so that not every token wants a new one
 
 
@@ -227,9 +230,10 @@ class NVMeLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self._shared.ended(self.number)
         return keys, values
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of what `update` is going to return."""
-        return self._tokens + query_length, 0
+    def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
+        """Length and offset of what `update` is going to return, for so many tokens or, before 5.4, their positions."""
+        new = len(query_length) if isinstance(query_length, torch.Tensor) and query_length.ndim else int(query_length)
+        return self._tokens + new, 0
 
     def get_seq_length(self) -> int:
         """Tokens there are."""
@@ -238,6 +242,8 @@ class NVMeLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def get_max_length(self) -> int:
         """None, which is −1."""
         return -1
+
+    get_max_cache_shape = get_max_length  # as it was called before 5.13
 
     def reset(self) -> None:
         """Forget all tokens."""
@@ -249,14 +255,23 @@ class NVMeLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self._lineage = None
         self.is_initialized = False
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens; the number is negative, as in transformers."""
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop({tokens_to_remove}): give the number of tokens to remove as a negative number")
-        if not tokens_to_remove or not self.is_initialized:
+    def crop(self, tokens_to_remove: int | torch.Tensor) -> None:
+        """Forget the last tokens; the number is negative.
+
+        Up to 5.19 transformers also gives the number of tokens to keep, as a positive one; up to 5.13, zero is such.
+
+        Raises:
+            ValueError: it is positive, and transformers later than that.
+        """
+        asked = int(tokens_to_remove)
+        if asked > 0 and _TRANSFORMERS >= (5, 20):
+            raise ValueError(f"crop({asked}): give the number of tokens to remove as a negative number")
+        keeps = asked > 0 or (asked == 0 and _TRANSFORMERS < (5, 14))
+        kept = asked if keeps else max(0, self._tokens + asked)
+        if not self.is_initialized or kept >= self._tokens:
             return
         self.forget()
-        self._tokens = max(0, self._tokens + tokens_to_remove)
+        self._tokens = kept
         for name in self._names:
             self._shared.cache.truncate(name, self._tokens)
         if self._lineage is not None:
