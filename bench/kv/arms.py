@@ -24,7 +24,6 @@ from penstock.storage.pool import BufferPool
 from penstock.storage.region import DATA_START, Region
 from penstock.units import MiB
 
-_COPY_BYTES = 1 * MiB
 _AHEAD = 8  # tensors whose rows are asked for before they are needed: four layers
 
 
@@ -89,10 +88,8 @@ class Memmap(Arm):
         self._tokens[tensor] = first + len(rows)
 
     def step(self, tokens: int) -> None:
-        rows = max(1, _COPY_BYTES // self.workload.row_bytes)
         for tensor, file in self._files.items():
-            for start in range(0, tokens, rows):
-                self.device.copy(file[start : min(start + rows, tokens)])
+            self.device.copy(file[:tokens])
             self.append(tensor, next(self.source.rows(tensor, tokens, tokens + 1)))
 
     def compare(self, tokens: int) -> None:
