@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from penstock.errors import KVError
-from penstock.kv import delivery
+from penstock.kv import delivery, pipeline
 from penstock.kv.delivery import Target
 from penstock.kv.kept import KeptBlocks
 from penstock.kv.residency import KVTensor, Path
@@ -256,6 +256,52 @@ def test_taken_back_while_it_is_copied(make_store: MakeStore, engine: Engine, ti
     assert np.array_equal(target.rows, rows)
     assert bool(store.statistics().pipeline.taken_back_bytes) == bool(times)
     assert np.array_equal(store.read(KEYS), rows)
+
+
+class Counting(Target):
+    """Notes how many rows come at once."""
+
+    def __init__(self) -> None:
+        self.counts: list[int] = []
+
+    def write(self, first: int, rows: NDArray[np.uint8]) -> None:
+        self.counts.append(len(rows))
+
+
+@pytest.mark.parametrize(
+    ("blocks", "expected"),
+    [(1, [16]), (16, [256]), (23, [368]), (25, [208, 192]), (32, [256, 256]), (50, [272, 272, 256])],
+)
+def test_copies_from_memory_are_of_about_one_size(
+    make_store: MakeStore, engine: Engine, monkeypatch: pytest.MonkeyPatch, blocks: int, expected: list[int]
+) -> None:
+    monkeypatch.setattr(pipeline, "_KEPT_CHUNK_BYTES", 1 * MiB)
+    store = make_store(engine, is_kept=True)
+    store.add(KEYS, 4096)
+    store.append(KEYS, rows_of(16 * blocks, 4096))
+    store.move(KEYS, Path.CACHED)
+    store.read(KEYS)
+    target = Counting()
+    store.fetch(KEYS, target).wait()
+    assert sorted(target.counts, reverse=True) == expected
+
+
+def test_once_some_was_taken_no_more_is_copied_in_vain(make_store: MakeStore, engine: Engine) -> None:
+    store = make_store(engine, is_kept=True)
+    store.add(KEYS, 4096)
+    store.append(KEYS, rows_of(256, 4096))
+    store.move(KEYS, Path.CACHED)
+    store.read(KEYS)
+    copied = []
+    for block in (3, 5):
+        assert store._kept is not None
+        (run,) = store.tensors[KEYS].runs(block, block + 1, 64 * KiB)
+        store._kept._memory.drop(run.offset, run.offset + 64 * KiB)
+        target = Counting()
+        store.fetch(KEYS, target).wait()
+        copied.append(sum(target.counts))
+        store.read(KEYS)
+    assert copied == [2 * 256, 256]
 
 
 class Waiting(Target):

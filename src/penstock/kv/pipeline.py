@@ -9,6 +9,7 @@ goes on with the next direct one.
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -274,7 +275,9 @@ class Pipeline:
             for run in tensor.runs(first, cached, _CACHED_CHUNK_BYTES):
                 yield Chunk(fetch, run, Source.PAGE_CACHE)
         else:
-            for run in tensor.runs(first, cached, _KEPT_CHUNK_BYTES):
+            together = (cached - first) * tensor.shape.block_bytes
+            together = math.ceil(together / max(1, round(together / _KEPT_CHUNK_BYTES)))  # no small one at the end
+            for run in tensor.runs(first, cached, together + tensor.shape.block_bytes - 1):
                 yield from self._cut_kept(fetch, run, self._kept)
         yield from self._cut_to_read(fetch, cached, last)
 
