@@ -92,7 +92,7 @@ class KeptBlocks:
         stop = run.offset + len(puts) * block_bytes
         if not puts.all():
             return None
-        if self._wary:
+        if self._wary > 0:  # two threads may count it down at once
             self._wary -= 1
             if not self._memory.seems_to_be_there(run.offset, stop, block_bytes):
                 self._wary = _WARY_LOOKS

@@ -275,9 +275,9 @@ class Pipeline:
             for run in tensor.runs(first, cached, _CACHED_CHUNK_BYTES):
                 yield Chunk(fetch, run, Source.PAGE_CACHE)
         else:
-            together = (cached - first) * tensor.shape.block_bytes
-            together = math.ceil(together / max(1, round(together / _KEPT_CHUNK_BYTES)))  # no small one at the end
-            for run in tensor.runs(first, cached, together + tensor.shape.block_bytes - 1):
+            block_bytes = tensor.shape.block_bytes
+            chunks = max(1, round((cached - first) * block_bytes / _KEPT_CHUNK_BYTES))  # no small one at the end
+            for run in tensor.runs(first, cached, math.ceil((cached - first) / chunks) * block_bytes):
                 yield from self._cut_kept(fetch, run, self._kept)
         yield from self._cut_to_read(fetch, cached, last)
 
