@@ -9,17 +9,33 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import shutil
 from pathlib import Path
 
+from bench.errors import BenchError
 from penstock.linux.libc import function
 from penstock.storage.buffers import huge_buffer
-from penstock.units import MiB
+from penstock.units import MiB, format_size
 
 _WRITE_BYTES = 4 * MiB
 _BLOCK_BYTES = 4096
 _FALLOC_FL_ZERO_RANGE = 0x10
 
 _fallocate = function("fallocate", (ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long))
+
+
+def require_space(directory: Path, wanted_bytes: int) -> None:
+    """See that there is room for files that a benchmark is about to write.
+
+    Raises:
+        BenchError: there is not.
+    """
+    free_bytes = shutil.disk_usage(directory).free
+    if wanted_bytes > free_bytes:
+        raise BenchError(
+            f"{directory}: {format_size(free_bytes)} are free, and this takes {format_size(wanted_bytes)}; "
+            "give --dir on a larger disk, or a smaller --size"
+        )
 
 
 def use_space(path: Path, start: int = 0) -> None:

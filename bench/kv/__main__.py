@@ -16,7 +16,7 @@ import click
 from rich.console import Console
 
 from bench.errors import BenchError, RunError
-from bench.kv.arms import ARMS
+from bench.kv.arms import ARMS, region_bytes
 from bench.kv.family import FAMILIES
 from bench.kv.models import real_model
 from bench.kv.results import FloorFile, Found, Run, table, verdicts
@@ -25,6 +25,7 @@ from bench.machine import describe
 from bench.output import write_json
 from bench.page_cache.limit import LimitUse, MemoryLimit, may_limit
 from bench.readahead import ReadAhead
+from bench.space import require_space
 from bench.termination import terminated_as_interrupted
 from penstock.units import parse_size
 
@@ -155,6 +156,7 @@ def _run(
     name: str, workload: Workload, directory: Path, limit_bytes: int | None, changes: dict[int, int] | None = None
 ) -> dict[str, Any]:
     """Run an arm; what it took, as `Run` has it but for the floor."""
+    require_space(directory, region_bytes(workload))
     command = [sys.executable, "-m", "bench.kv.replay", name, str(directory), json.dumps(asdict(workload))]
     limit = None if limit_bytes is None else MemoryLimit(limit_bytes)
     if limit and changes:

@@ -166,7 +166,7 @@ class Stored(Kept):
     def __init__(self, workload: Workload, directory: Path, path: Residence) -> None:
         super().__init__(workload, directory)
         self._closing = ExitStack()
-        made = self._closing.enter_context(Region.create(self._region, _region_bytes(workload), owner="penstock bench"))
+        made = self._closing.enter_context(Region.create(self._region, region_bytes(workload), owner="penstock bench"))
         engine = self._closing.enter_context(create_engine(depth=DEPTH)[0])
         pool = self._closing.enter_context(BufferPool(POOL_BYTES, BUFFER_BYTES))
         store = self._closing.enter_context(KVStore(made, engine, pool))
@@ -185,7 +185,7 @@ class Penstock(Kept):
 
     def __init__(self, workload: Workload, directory: Path) -> None:
         super().__init__(workload, directory)
-        self.kept = KVCache(self._region, size_bytes=_region_bytes(workload))
+        self.kept = KVCache(self._region, size_bytes=region_bytes(workload))
         self.add()
 
     def prefill(self) -> None:
@@ -213,7 +213,8 @@ class Penstock(Kept):
         self.kept.close()
 
 
-def _region_bytes(workload: Workload) -> int:
+def region_bytes(workload: Workload) -> int:
+    """Of the file that an arm of penstock's has, which no other arm's files take more than."""
     return workload.kv_bytes + 2 * workload.layers * 4 * MiB  # blocks that are not full, extents on whole folios
 
 

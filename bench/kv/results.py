@@ -14,6 +14,7 @@ from rich.table import Table
 from bench.direct import bandwidth, fio_bandwidth
 from bench.kv.workload import Device, Workload
 from bench.page_cache.limit import LimitUse
+from bench.space import require_space
 from penstock.units import MiB, format_size
 
 Found = dict[int, dict[str, list["Run"]]]  # by the memory, percent of the cache, and the arm
@@ -62,6 +63,7 @@ class FloorFile:
         self._path = path
         self._device = workload.device
         size_bytes = min(2048 * MiB, max(16 * MiB, workload.kv_bytes))
+        require_space(path.parent, size_bytes)
         block = os.urandom(16 * MiB)
         with path.open("wb") as file:
             for _ in range(size_bytes // len(block)):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
-from bench.space import use_space
+import pytest
+from bench.errors import BenchError
+from bench.space import require_space, use_space
 
 from penstock.linux.extents import ExtentFlag, extents
 from penstock.units import MiB
@@ -39,3 +42,9 @@ def test_a_file_that_ends_before_is_left_alone(tmp_path: Path) -> None:
     path.write_bytes(b"short")
     use_space(path, MiB)
     assert path.read_bytes() == b"short"
+
+
+def test_a_disk_without_room_is_refused_in_words(tmp_path: Path) -> None:
+    require_space(tmp_path, MiB)
+    with pytest.raises(BenchError, match=rf"{tmp_path}: .* are free, and this takes .*; give --dir"):
+        require_space(tmp_path, 2 * shutil.disk_usage(tmp_path).total)
