@@ -14,7 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from penstock.cli import launch as launch_module
-from penstock.cli.launch import CACHE_MODES, OBSERVERS, POLICIES, RunOptions, _seem_cached, plain
+from penstock.cli.launch import CACHE_MODES, OBSERVERS, POLICIES, Launched, RunOptions, _seem_cached, plain
 from penstock.cli.run import run
 from penstock.linux.pagecache import drop, mincore
 from penstock.pagecache.policies import BUILT_IN
@@ -141,11 +141,38 @@ def test_whether_a_model_is_cached_is_told_by_a_few_bytes_of_each_large_file(tmp
     assert not _seem_cached(["serve.py", "--tp", "2", "/dev/zero"])
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_only_where_something_is_missing_penstock_takes_its_share_of_the_cpu(tmp_path: Path, *, cached: bool) -> None:
+    class Way:
+        is_given = True
+
+        def end(self) -> None:
+            self.is_given = False
+
+    class Ended:
+        def wait_ended(self, _timeout_s: float) -> bool:
+            return True
+
+    path = tmp_path / "model.gguf"
+    with path.open("w+b") as file:
+        file.write(os.urandom(64 << 20))
+        file.flush()
+        os.fsync(file.fileno())
+        if not cached:
+            drop(file.fileno())
+            if mincore(file.fileno(), 0, 64 << 20).any():
+                pytest.skip(f"{path} is on a file system that keeps every page in memory")
+    launched = Launched(RunOptions(["serve", str(path)]), Ended(), object(), "", {})  # type: ignore[arg-type]
+    launched.give_way = way = Way()  # type: ignore[assignment]
+    launched.run_ahead()
+    assert way.is_given == cached
+
+
 def test_no_more_is_imported_than_the_program_can_wait_for() -> None:
     code = "import sys, penstock.cli.launch, penstock.linux.janitor, penstock.linux.tracefs; print(*sys.modules)"
     names = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True).stdout
     slow = {"click", "typing", "dataclasses", "pathlib", "re", "numpy", "enum", "functools", "collections"}
-    assert not slow & set(names.split())
+    assert not (slow | {"_struct", "mmap"}) & set(names.split())
 
 
 def test_what_cannot_be_asked_is_not_taken_for_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,11 +86,15 @@ class Launched:
         self.give_way = GiveWay()
 
     def run_ahead(self) -> None:
-        """Leave the program alone while it starts, if nothing is to be prefetched and it is recorded anyway."""
+        """Leave the program alone while it starts, if nothing is to be prefetched and it is recorded anyway.
+
+        If something is, the program will wait for it longer than for the CPU: we stop giving way.
+        """
         options = self.options
         if self.instance is None:
             return
         if options.policy != "native" and not _seem_cached([*options.command[1:], *options.models]):
+            self.give_way.end()
             return
         until = time.monotonic() + _UNDISTURBED_S
         while (left_s := until - time.monotonic()) > 0 and not self.program.wait_ended(min(left_s, _COLLECT_S)):

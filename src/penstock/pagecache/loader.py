@@ -70,18 +70,25 @@ class Loader:
         self._threads: list[threading.Thread] = []
 
     def submit(self, requests: Iterable[Prefetch]) -> None:
-        """Replace the queue. Chunks already being read are finished; none of what they read is lost."""
+        """Replace the queue. Chunks already being read are finished; none of what they read is lost.
+
+        Only one thread may submit at a time.
+        """
         with self._condition:
             self._interruptions += bool(self._queue)
             self._queue = deque(requests)
             if not self._threads and all(map(self._is_cached, self._queue)):
                 self._queue.clear()
-            if self._queue and not self._threads and not self._closing:
-                self._start_threads()
+            are_missing = bool(self._queue) and not self._threads and not self._closing
             self._condition.notify_all()
+        if are_missing:
+            self._start_threads()
 
     def _start_threads(self) -> None:
-        """Not before there is work: a run that is only observed, or whose model is cached, needs none."""
+        """Not before there is work: a run that is only observed, or whose model is cached, needs none.
+
+        Without the lock, so that the first reads while the others start: on busy CPUs these took 0.05 s.
+        """
         for number in range(self._most_threads):
             thread = threading.Thread(target=self._work, name=f"penstock-loader-{number}", daemon=True)
             try:
