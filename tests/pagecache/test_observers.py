@@ -16,6 +16,7 @@ from tests.tracing import needs_access_tracepoints
 from penstock.errors import ObserverError
 from penstock.linux import process
 from penstock.linux.pagecache import drop
+from penstock.linux.tracefs import READ, TraceFs, instance_name
 from penstock.pagecache.files import ModelFiles
 from penstock.pagecache.ledger import Ledger
 from penstock.pagecache.observers.base import Observer, ProcessTree
@@ -215,6 +216,75 @@ def test_with_known_files_no_other_is_reported(tmp_path_factory: pytest.TempPath
         watched.expect(first, [(0, 4 * MiB)])
         assert {part.file.path for part in watched.seen} == {str(first)}
         assert [file.path for file in case.known] == [str(first)]
+
+
+def records_reads() -> bool:
+    tracefs = TraceFs()
+    try:
+        return tracefs.read(f"instances/{instance_name(os.getpid())}/events/filemap/{READ}/enable").startswith("1")
+    finally:
+        tracefs.close()
+
+
+@pytest.mark.root
+@needs_access_tracepoints
+def test_once_all_is_seen_reads_are_followed_by_positions(tmp_path_factory: pytest.TempPathFactory) -> None:
+    case = OnlyTheFirst(tmp_path_factory, "tracefs")
+    with case.watch(tmp_path_factory) as (watched, path, _):
+        path.read_bytes()
+        watched.tell("open", path)
+        watched.tell("read", path, 6 * MiB)
+        watched.expect(path, [(0, 6 * MiB)])
+        watched.observer.all_is_seen()
+        watched.seen.clear()
+        watched.settle()
+        assert watched.seen == []  # the position has moved before
+        watched.tell("read", path, 2 * MiB)  # both tell of it: events are not needed from here on
+        watched.expect(path, [(6 * MiB, 8 * MiB)])
+        assert not records_reads()
+        watched.tell("read", path, 3 * MiB)
+        watched.expect(path, [(6 * MiB, 11 * MiB)])
+        watched.seen.clear()
+        watched.tell("close", path)
+        watched.tell("open", path)
+        watched.tell("read", path, 4 * MiB)
+        watched.settle()
+        watched.tell("read", path, 1 * MiB)
+        watched.poll_until(lambda: watched.reported(path, watched.pid).covers(4 * MiB, 5 * MiB), "a file opened again")
+
+
+@pytest.mark.root
+@needs_access_tracepoints
+def test_reads_that_move_no_position_stay_seen(tmp_path_factory: pytest.TempPathFactory) -> None:
+    case = OnlyTheFirst(tmp_path_factory, "tracefs")
+    with case.watch(tmp_path_factory) as (watched, path, _):
+        path.read_bytes()
+        watched.tell("open", path)
+        watched.tell("read", path, 12 * MiB)
+        watched.expect(path, [(0, 12 * MiB)])
+        watched.observer.all_is_seen()
+        watched.seen.clear()
+        for start in (3 * MiB, 8 * MiB):
+            watched.tell("pread", path, start, start + MiB)
+            watched.settle()
+        watched.expect(path, [(3 * MiB, 4 * MiB), (8 * MiB, 9 * MiB)])
+        assert records_reads()
+
+
+@pytest.mark.root
+@needs_access_tracepoints
+def test_events_stay_where_other_files_may_be_read(tmp_path_factory: pytest.TempPathFactory) -> None:
+    with TestTracefsObserver().watch(tmp_path_factory) as (watched, first, second):
+        for path in (first, second):
+            watched.tell("open", path)
+        watched.tell("read", first, 4 * MiB)
+        watched.expect(first, [(0, 4 * MiB)])
+        watched.observer.all_is_seen()
+        watched.tell("read", first, 4 * MiB)
+        watched.expect(first, [(0, 8 * MiB)])
+        assert records_reads()
+        watched.tell("read", second, 4 * MiB)
+        watched.expect(second, [(0, 4 * MiB)])
 
 
 @pytest.mark.root

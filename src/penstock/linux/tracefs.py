@@ -254,6 +254,10 @@ class Instance:
         for name in self.events:
             self._write(f"events/filemap/{name}/enable", "1")
 
+    def stop_recording(self, event: str) -> None:
+        """Switch one of the tracepoints off; what it has told already can still be read."""
+        self._write(f"events/filemap/{event}/enable", "0")
+
     def read_pages(self) -> list[Page]:
         """The ring-buffer pages of all CPUs that were written since the last call: see `ringbuffer`."""
         self.collect()

@@ -110,6 +110,7 @@ class Runtime:
     ) -> None:
         self._policy: Policy | None = policy
         self._ignores_memory = policy.ignores_memory
+        self._only_observes = policy.only_observes
         self._calm_poll_s = _OBSERVING_POLL_S if policy.only_observes else _CALM_POLL_S
         self._make_observer = make_observer
         self._observer: Observer | None = None
@@ -299,6 +300,10 @@ class Runtime:
         self._loader.set_limits(allowance, threads)
         if self._burning:
             self._evict(self._ask("evict", partial(_evict, None)))
+        if self._only_observes and self._observer is not None:
+            model_bytes = self._model_bytes()
+            if model_bytes and self._ledger.totals().accessed_bytes >= model_bytes:
+                self._observer.all_is_seen()
 
     def _is_larger_than(self, budget: Budget) -> bool:
         """Whether the model, without what is cached at another cgroup's charge, needs more than the budget.

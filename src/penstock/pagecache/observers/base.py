@@ -63,6 +63,12 @@ class Observer(ABC):
         """What was read since the last call, as far as it can still be told once the program has ended."""
         return self.poll()
 
+    def all_is_seen(self) -> None:  # noqa: B027 — one that costs readers nothing has nothing to do
+        """All of the known model files has been read: from now on only that more is read, and when, is of interest.
+
+        An observer that costs readers something may look less closely then. It may be said again at any time.
+        """
+
     @abstractmethod
     def mapped_parts(self, file: ModelFile) -> Sequence[MappedPart]:
         """Where the processes map a file, as far as known."""
