@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from penstock.pagecache.ledger import Ledger
 from penstock.pagecache.observers.base import Observer, ProcessTree
 from penstock.pagecache.observers.process import ProcessObserver
 from penstock.pagecache.observers.tracefs import TracefsObserver
-from penstock.testing.observer import ObserverTests, write_files
+from penstock.testing.observer import ObserverTests, Watched, write_files
 from penstock.units import KiB, MiB
 
 # Where this runs as an ordinary user: a directory with files of root's.
@@ -226,17 +228,24 @@ def records_reads() -> bool:
         tracefs.close()
 
 
-@pytest.mark.root
-@needs_access_tracepoints
-def test_once_all_is_seen_reads_are_followed_by_positions(tmp_path_factory: pytest.TempPathFactory) -> None:
+@contextmanager
+def all_seen(tmp_path_factory: pytest.TempPathFactory, size_bytes: int) -> Iterator[tuple[Watched, Path]]:
+    """A child that has read so much of the one known file, and an observer that was told that it is all."""
     case = OnlyTheFirst(tmp_path_factory, "tracefs")
     with case.watch(tmp_path_factory) as (watched, path, _):
         path.read_bytes()
         watched.tell("open", path)
-        watched.tell("read", path, 6 * MiB)
-        watched.expect(path, [(0, 6 * MiB)])
+        watched.tell("read", path, size_bytes)
+        watched.expect(path, [(0, size_bytes)])
         watched.observer.all_is_seen()
         watched.seen.clear()
+        yield watched, path
+
+
+@pytest.mark.root
+@needs_access_tracepoints
+def test_once_all_is_seen_reads_are_followed_by_positions(tmp_path_factory: pytest.TempPathFactory) -> None:
+    with all_seen(tmp_path_factory, 6 * MiB) as (watched, path):
         watched.settle()
         assert watched.seen == []  # the position has moved before
         watched.tell("read", path, 2 * MiB)  # both tell of it: events are not needed from here on
@@ -256,14 +265,7 @@ def test_once_all_is_seen_reads_are_followed_by_positions(tmp_path_factory: pyte
 @pytest.mark.root
 @needs_access_tracepoints
 def test_reads_that_move_no_position_stay_seen(tmp_path_factory: pytest.TempPathFactory) -> None:
-    case = OnlyTheFirst(tmp_path_factory, "tracefs")
-    with case.watch(tmp_path_factory) as (watched, path, _):
-        path.read_bytes()
-        watched.tell("open", path)
-        watched.tell("read", path, 12 * MiB)
-        watched.expect(path, [(0, 12 * MiB)])
-        watched.observer.all_is_seen()
-        watched.seen.clear()
+    with all_seen(tmp_path_factory, 12 * MiB) as (watched, path):
         for start in (3 * MiB, 8 * MiB):
             watched.tell("pread", path, start, start + MiB)
             watched.settle()

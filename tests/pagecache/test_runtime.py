@@ -248,6 +248,25 @@ def test_quiet_is_told_once_until_something_is_read_again(
     assert len(told) == 2
 
 
+@pytest.mark.parametrize("only_observes", [True, False])
+def test_an_observer_is_told_that_all_is_seen_where_that_is_all(
+    files: ModelFiles, ledger: Ledger, reader: Reader, monkeypatch: pytest.MonkeyPatch, *, only_observes: bool
+) -> None:
+    told: list[int] = []
+    policy = Told()
+    policy.only_observes = only_observes
+    running = Running(files, ledger, reader, policy)
+    monkeypatch.setattr(running._observer, "all_is_seen", lambda: told.append(ledger.totals().accessed_bytes))
+    reader.read_to(4 * MiB)
+    wait_until(lambda: policy.has_come_to(4 * MiB), "the reads were not seen")
+    assert not told
+    reader.read_to(SIZE_BYTES)
+    if only_observes:
+        wait_until(lambda: bool(told), "nobody was told")
+    running.stop()
+    assert set(told) == ({SIZE_BYTES} if only_observes else set())
+
+
 def test_a_timeline_ends_with_what_was_read(files: ModelFiles, ledger: Ledger, reader: Reader) -> None:
     policy = Told()
     running = Running(files, ledger, reader, policy, sampling=True)
